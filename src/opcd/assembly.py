@@ -1,0 +1,223 @@
+"""A configuration becomes the parts that programs work with: tasks, models, teachers, engine."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+
+from opcd import models, weights
+from opcd.anchors import AnchorSet, load_anchors
+from opcd.config import Run, check_files, training
+from opcd.contexts import load_context
+from opcd.errors import ConfigError
+from opcd.graders import Grader, build_grader
+from opcd.rendering import Renderer, common_prefix, render_pairs
+from opcd.rollouts.engine import RolloutEngine
+from opcd.rollouts.hf import MIN_PREFIX_TOKENS, HFEngine
+from opcd.tasks import load_splits
+from opcd.teachers import LocalTeacher, build_teacher
+from opcd.types import Context, PromptPair, Task
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A task and its two prompts."""
+
+    task: Task
+    pair: PromptPair
+
+
+@dataclass
+class Parts:
+    """Everything a program needs, built from one configuration."""
+
+    config: Run
+    accelerator: Accelerator
+    dtype: torch.dtype
+    renderer: Renderer
+    items: dict[str, list[Item]]
+    """Rendered tasks by split."""
+    anchors: AnchorSet
+    kept: AnchorSet
+    """Anchors that are never trained on."""
+    grader: Grader | None
+    student: Any
+    distiller: models.Distiller
+    teacher: LocalTeacher
+    base: LocalTeacher
+    """The student before training: the anchors' teacher."""
+    engine: RolloutEngine
+    teacher_engine: RolloutEngine
+    """Answers as the teacher: the same engine, where the teacher is the student's base."""
+    notes: list[str] = field(default_factory=list)
+    """What a user should know before the run: dropped rows, a cache that cannot be used."""
+
+    def render_anchors(self, tasks: Sequence[Task]) -> list[PromptPair]:
+        """Anchor prompts, the same for both sides."""
+        return [self.renderer.pair(task, Context(), "anchor") for task in tasks]
+
+    @property
+    def context_tokens(self) -> int:
+        """What the context adds to a request, on average over the rows."""
+        pairs = [item.pair for items in self.items.values() for item in items]
+        extra = [len(pair.teacher_ids) - len(pair.student_ids) for pair in pairs]
+        return round(sum(extra) / len(extra))
+
+
+def assemble(config: Run) -> Parts:
+    """Load and check everything that a run names.
+
+    Raises:
+        InputError: some part of the input is wrong; nothing was written.
+    """
+    check_files(config)
+    check_runnable(config)
+    accelerator = build_accelerator(config)
+    set_seed(config.seed)
+    tokenizer = weights.load_tokenizer(config.model.path, config.model.revision)
+    dtype = weights.auto_dtype(config.model.dtype, accelerator.device)
+    student = _load_student(config, accelerator.device, dtype)
+    holds = weights.positions(config.model.path, config.model.revision)
+    renderer = Renderer(tokenizer, config.rendering, max_prompt_tokens(config, holds))
+    items, notes = render_splits(config, renderer)
+    student = models.tune(student, config.model.tuning, config.seed)
+    end_ids, rows = _end_ids(student, tokenizer), config.rollout.batch_rows
+    teacher, base = _build_teachers(config, accelerator, dtype, student, tokenizer)
+    notes += _share_prefix(teacher, items)
+    engine = HFEngine(student, base.model, dtype, end_ids, rows)
+    foreign = isinstance(config.teacher, training.Frozen) and config.teacher.path
+    train_anchors, test_anchors = load_anchors(config.anchor.path)
+    return Parts(
+        config=config,
+        accelerator=accelerator,
+        dtype=dtype,
+        renderer=renderer,
+        items=items,
+        anchors=train_anchors,
+        kept=test_anchors,
+        grader=build_grader(config.grader) if config.grader else None,
+        student=student,
+        distiller=models.Distiller(student),
+        teacher=teacher,
+        base=base,
+        engine=engine,
+        teacher_engine=HFEngine(teacher.model, teacher.model, dtype, end_ids, rows)
+        if foreign
+        else engine,
+        notes=notes,
+    )
+
+
+def check_runnable(config: Run) -> None:
+    """Refuse pairs of values that only make sense apart, before anything is loaded.
+
+    Raises:
+        ConfigError: naming the keys.
+    """
+    if config.rollout.teacher_fraction and config.teacher.type not in ("adapter_off", "frozen"):
+        raise ConfigError(
+            f"rollout.teacher_fraction = {config.rollout.teacher_fraction} lets the teacher "
+            f"answer, but teacher.type = {config.teacher.type!r} has no weights of its own to "
+            'answer with; write teacher.type = "adapter_off" or "frozen"'
+        )
+
+
+def build_accelerator(config: Run) -> Accelerator:
+    """Accelerate's view of this process, in the run's precision."""
+    cpu = config.model.device == "cpu" or not (
+        torch.cuda.is_available() or torch.backends.mps.is_available()
+    )
+    device = torch.device("cpu") if cpu else None
+    dtype = weights.auto_dtype(config.model.dtype, device or Accelerator().device)
+    precision = "bf16" if dtype == torch.bfloat16 else "no"
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        # Its state is one for the whole process; a second run in it may want another precision.
+        AcceleratorState._reset_state(reset_partial_state=False)
+    return Accelerator(cpu=cpu, mixed_precision=precision)
+
+
+def render_splits(config: Run, renderer: Renderer) -> tuple[dict[str, list[Item]], list[str]]:
+    """All tasks of a run with their prompts, and a note for each split that lost rows.
+
+    Raises:
+        InputError: a row, a context or a prompt is wrong.
+    """
+    items: dict[str, list[Item]] = {}
+    notes: list[str] = []
+    for split, tasks in load_splits(config.tasks, config.seed).items():
+        contexts = [load_context(config.context, task) for task in tasks]
+        pairs, dropped = render_pairs(renderer, tasks, contexts)
+        by_id = {task.id: task for task in tasks}
+        items[split] = [Item(by_id[pair.task_id], pair) for pair in pairs]
+        if dropped:
+            notes.append(
+                f"{split}: {len(dropped)} of {len(tasks)} rows dropped, longer than "
+                f"{renderer.max_prompt_tokens} tokens: {', '.join(dropped[:5])} ..."
+            )
+    return items, notes
+
+
+def _load_student(config: Run, device: torch.device, dtype: torch.dtype) -> Any:
+    # Weights that are trained are kept in float32; under LoRA those are the adapter's alone.
+    stored = dtype if config.model.tuning.type == "lora" else torch.float32
+    model = weights.load_model(config.model.path, stored, config.model.revision)
+    models.check_head(model)
+    if config.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    support = config.loss.support
+    if support.type == "top_k" and support.k > vocabulary:
+        raise ConfigError(
+            f"loss.support.k = {support.k} is larger than the vocabulary of {vocabulary} tokens "
+            f'of {config.model.path}; lower it, or write loss.support = {{type = "exact"}}'
+        )
+    return model.to(device)
+
+
+def max_prompt_tokens(config: Run, holds: int) -> int:
+    """The longest prompt of a run whose model holds so many tokens."""
+    room = holds - max(config.rollout.max_new_tokens, config.anchor.max_new_tokens)
+    return min(room, config.rendering.max_prompt_tokens or room)
+
+
+def _end_ids(student: Any, tokenizer: Any) -> frozenset[int]:
+    configured = models.causal_model(student).generation_config.eos_token_id
+    listed = configured if isinstance(configured, list) else [configured]
+    return frozenset(i for i in (*listed, tokenizer.eos_token_id) if i is not None)
+
+
+def _build_teachers(
+    config: Run, accelerator: Accelerator, dtype: torch.dtype, student: Any, tokenizer: Any
+) -> tuple[LocalTeacher, LocalTeacher]:
+    """The tasks' teacher and the base model, one object where they are the same."""
+
+    def frozen(path: str | None) -> Any:
+        if path:
+            models.check_same_vocabulary(tokenizer, weights.load_tokenizer(path))
+        model = weights.load_model(path or config.model.path, dtype)
+        models.check_head(model)
+        return model.to(accelerator.device).requires_grad_(False)
+
+    def build(teacher: Any) -> LocalTeacher:
+        other = frozen(teacher.path) if isinstance(teacher, training.Frozen) else None
+        return build_teacher(teacher, student, other, accelerator.autocast)
+
+    lora = config.model.tuning.type == "lora"
+    base = training.AdapterOff() if lora else training.Frozen()
+    teacher = build(config.teacher)
+    return teacher, teacher if config.teacher == base else build(base)
+
+
+def _share_prefix(teacher: LocalTeacher, items: dict[str, list[Item]]) -> list[str]:
+    """Let the teacher read the common context once; a note says so, or why it does not."""
+    prompts = [item.pair.teacher_ids for split in items.values() for item in split]
+    shared = common_prefix(prompts)
+    if shared < MIN_PREFIX_TOKENS:
+        return []
+    if reason := teacher.share_prefix(prompts[0][:shared], prompts[0][shared:]):
+        return [f"the shared context of {shared} tokens is read with every prompt: {reason}"]
+    return [f"the shared context of {shared} tokens is read once"]

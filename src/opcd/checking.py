@@ -1,0 +1,61 @@
+"""Is this a run that can be started? Answered without torch, in a fraction of a second."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from opcd.anchors import load_anchors
+from opcd.config import Run, check_files, load_config
+from opcd.config.inputs import HubDataset
+from opcd.contexts import load_context
+from opcd.graders import build_grader
+from opcd.tasks import load_splits
+
+
+def check_run(path: Path, overrides: Sequence[str] = ()) -> tuple[Run, list[str]]:
+    """Load a run and everything local it names; returns it with facts for people.
+
+    Raises:
+        InputError: naming what is wrong, why, and what to write instead.
+    """
+    run = load_config(path, overrides)
+    check_files(run)
+    train_anchors, test_anchors = load_anchors(run.anchor.path)
+    grader = build_grader(run.grader) if run.grader else None
+    facts = [
+        f"run {run.name}: {run.steps} steps of {run.tasks_per_step} tasks and "
+        f"{run.anchors_per_step} anchors",
+        f"anchors: {len(train_anchors.systems)} x {len(train_anchors.prompts)} to train on, "
+        f"{len(test_anchors.systems)} x {len(test_anchors.prompts)} to test on",
+        *warnings(run),
+    ]
+    sources = (*run.tasks.train, *run.tasks.validation, *run.tasks.test)
+    if any(isinstance(source, HubDataset) for source in sources):
+        return run, [*facts, "tasks: from a data set, read when the run starts"]
+    splits = load_splits(run.tasks, run.seed)
+    for split, tasks in splits.items():
+        for task in tasks:
+            load_context(run.context, task)
+            if grader and split != "train":
+                grader(task, "")
+    return run, [*facts, "tasks: " + ", ".join(f"{len(t)} {s}" for s, t in splits.items())]
+
+
+def warnings(run: Run) -> list[str]:
+    """Choices that are allowed, and known to go wrong."""
+    found: list[str] = []
+    support = run.loss.support
+    if support.type == "top_k" and support.tail == "drop":
+        found.append(
+            "warning: tail = 'drop' is no divergence: the student can empty its top-k mass while "
+            "the loss falls. Watch student_mass_in_support, or write tail = 'bucket'"
+        )
+    if run.teacher.type == "live":
+        found.append("warning: a live teacher moves with the student and may collapse with it")
+    if run.rollout.teacher_fraction == 1.0 and run.loss.direction != "forward_kl":
+        found.append(
+            "warning: classic off-policy distillation takes loss.direction = 'forward_kl'; on the "
+            "teacher's own responses another direction has no such reading"
+        )
+    if "validation" not in run.tasks.model_fields_set and not run.tasks.validation_share:
+        found.append("warning: no validation split, so the last step is kept instead of the best")
+    return found

@@ -1,0 +1,122 @@
+"""The command line: verbs become calls of programs; heavy imports wait until a verb needs them."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from opcd.errors import OpcdError
+
+app = typer.Typer(
+    help="On-policy context distillation: train a prompt into a model's weights.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+ConfigPath = Annotated[Path, typer.Argument(help="The run's TOML file.", show_default=False)]
+RunPath = Annotated[Path, typer.Argument(help="A folder under runs/.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="key.path=value ...", show_default=False)
+]
+
+
+def main() -> None:
+    """Run the command; deliberate errors become a message and an exit code."""
+    # transformers' own bars and notices would drown the run's.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app()
+    except OpcdError as error:
+        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]", end=": ")
+        Console(stderr=True).print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+
+
+@app.command()
+def check(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    render: Annotated[int, typer.Option(help="Show this many prompt pairs, by token.")] = 0,
+) -> None:
+    """Validate a run without loading a model; with --render, show what each side reads."""
+    from opcd.checking import check_run
+
+    run, facts = check_run(config, overrides or [])
+    for line in facts:
+        console.print(line, markup=False, highlight=False)
+    if render:
+        from opcd.showing import show_pairs
+
+        show_pairs(run, render, console)
+    console.print(f"{config} is a run that can be started")
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Delete an earlier run of this name.")] = False,
+) -> None:
+    """Bake the context in: train, validate, keep the best weights."""
+    from opcd.config import load_config
+
+    run = load_config(config, overrides or [])
+    from opcd.training import train as start
+
+    outcome = start(run, resume=resume, overwrite=overwrite)
+    if outcome.interrupted_by is not None:
+        console.print(f"stopped after step {outcome.steps}; continue with --resume")
+        raise typer.Exit(128 + outcome.interrupted_by)
+    best = ", ".join(f"{k} {v:.3g}" for k, v in outcome.best.items() if isinstance(v, float))
+    console.print(
+        f"{outcome.folder.path}: {outcome.steps} steps; best is step {outcome.best['step']} ({best})"
+    )
+
+
+@app.command()
+def evaluate(
+    run: RunPath,
+    split: Annotated[str, typer.Option(help="Which split to measure.")] = "test",
+    answers: Annotated[int, typer.Option(help="Show this many answers side by side.")] = 6,
+) -> None:
+    """Measure base, in_context and baked on a split; writes evaluation.json."""
+    from opcd.programs import evaluate_run
+    from opcd.tables import answers_table, paired_lines, results_table
+
+    found = evaluate_run(run, split)
+    console.print(answers_table(found.answers, answers))
+    console.print(results_table(found.summary))
+    for line in paired_lines(found.summary):
+        console.print(line, highlight=False)
+
+
+@app.command()
+def sample(
+    run: RunPath,
+    prompt: Annotated[str, typer.Argument(help="What to ask.", show_default=False)],
+) -> None:
+    """Answer one prompt as base, in_context and baked, side by side."""
+    from opcd.programs import sample_run
+
+    for condition, text in sample_run(run, prompt).items():
+        console.print(f"[bold]{condition}[/]", end=": ")
+        console.print(text, markup=False, highlight=False)
+
+
+@app.command()
+def export(
+    run: RunPath,
+    folder: Annotated[Path, typer.Argument(help="Where to write it.", show_default=False)],
+) -> None:
+    """Write the baked model as a plain transformers folder, checked against the run."""
+    from opcd.exporting import export_run
+
+    agreed = export_run(run, folder)
+    console.print(f"{folder}: the exported model gave the same greedy answers to {agreed} prompts")

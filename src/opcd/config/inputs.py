@@ -1,0 +1,196 @@
+"""What a run is made from: its context, its tasks, its grader."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from opcd.config.section import Count, Section, Share
+
+SPLITS = ("train", "validation", "test")
+
+
+class SystemPrompt(Section):
+    """A text file placed in the system message."""
+
+    type: Literal["system_prompt"] = "system_prompt"
+    path: Path
+
+
+class Examples(Section):
+    """Worked examples as chat turns, and optionally a system prompt before them."""
+
+    type: Literal["examples"] = "examples"
+    path: Path
+    """JSONL with `prompt` and `response` on each line."""
+    system: Path | None = None
+
+
+class Document(Section):
+    """A document, wrapped by a template, in the system message or in the user turn."""
+
+    type: Literal["document"] = "document"
+    path: Path
+    placement: Literal["system", "user"] = "system"
+    template: str = "{document}"
+    """Must hold `{document}`; with `placement = "user"` also `{prompt}`."""
+
+    @model_validator(mode="after")
+    def _template_has_its_slots(self) -> Self:
+        slots = ["{document}", "{prompt}"] if self.placement == "user" else ["{document}"]
+        missing = [slot for slot in slots if slot not in self.template]
+        if missing:
+            raise ValueError(
+                f"template lacks {' and '.join(missing)}, so that text would never be shown; "
+                f'write for example template = "{" ".join(slots)}"'
+            )
+        return self
+
+
+class Column(Section):
+    """Each row brings its own context in its `context` column."""
+
+    type: Literal["column"] = "column"
+    placement: Literal["system", "user"] = "system"
+    template: str = "{context}"
+    """Must hold `{context}`; with `placement = "user"` also `{prompt}`."""
+
+
+ContextConfig = Annotated[SystemPrompt | Examples | Document | Column, Field(discriminator="type")]
+
+
+class Jsonl(Section):
+    """Rows from a JSONL file."""
+
+    type: Literal["jsonl"] = "jsonl"
+    path: Path
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Our name -> the file's name, e.g. `{prompt = "text", answer = "label"}`."""
+    rows: Count | None = None
+    """Keep this many rows, drawn with the run's seed; all of them by default."""
+
+
+class HubDataset(Section):
+    """Rows from a Hugging Face data set, or a local folder that `datasets` can read."""
+
+    type: Literal["hf"] = "hf"
+    path: str
+    name: str | None = None
+    split: str = "train"
+    columns: dict[str, str] = Field(default_factory=dict)
+    rows: Count | None = None
+
+
+class Generator(Section):
+    """Rows from a Python function: `target(seed=..., **arguments)` yields dictionaries."""
+
+    type: Literal["generator"] = "generator"
+    target: str
+    """`package.module:function`."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    rows: Count | None = None
+
+
+Source = Annotated[Jsonl | HubDataset | Generator, Field(discriminator="type")]
+
+
+class Tasks(Section):
+    """Where the prompts come from. Each split is one source or a list of them (a mix)."""
+
+    train: tuple[Source, ...]
+    validation: tuple[Source, ...] = ()
+    test: tuple[Source, ...] = ()
+    validation_share: Share = 0.0
+    """Take this share of the train groups as validation, where no source is given."""
+    test_share: Share = 0.0
+    group_by: str | None = None
+    """The column (a template, a source) whose values must not span two splits."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _paths_become_sources(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        splits = {k: _as_sources(v) for k, v in data.items() if k in SPLITS}
+        return {**data, **splits}
+
+    @model_validator(mode="after")
+    def _split_has_one_origin(self) -> Self:
+        for split in ("validation", "test"):
+            if getattr(self, split) and getattr(self, f"{split}_share"):
+                raise ValueError(
+                    f"{split} and {split}_share are both set, so the split has two origins; "
+                    f"remove one of them"
+                )
+        if self.validation_share + self.test_share >= 1.0:
+            raise ValueError("validation_share + test_share leave no rows to train on")
+        return self
+
+
+class Exact(Section):
+    """Right where the response equals the answer, white space at the ends aside."""
+
+    type: Literal["exact"] = "exact"
+    ignore_case: bool = False
+
+
+class Contains(Section):
+    """Right where the answer occurs in the response, whatever the case."""
+
+    type: Literal["contains"] = "contains"
+
+
+class Numeric(Section):
+    """Right where the last number of the response is the answer."""
+
+    type: Literal["numeric"] = "numeric"
+    tolerance: Annotated[float, Field(ge=0.0)] = 1e-6
+
+
+class Choice(Section):
+    """Right where the one choice named in the response (or in its tag) is the answer."""
+
+    type: Literal["choice"] = "choice"
+    choices: Annotated[tuple[str, ...], Field(min_length=2)]
+    tag: str | None = None
+    """Look only inside `<tag>...</tag>`."""
+
+
+class JsonObject(Section):
+    """Right where the whole response is a JSON object that equals the answer."""
+
+    type: Literal["json"] = "json"
+    keys: Annotated[dict[str, tuple[str | bool | int | float | None, ...]], Field(min_length=1)]
+    """Every key that must be there, with its allowed values (an empty list allows any)."""
+
+
+class Regex(Section):
+    """Right where the pattern occurs; with an answer, where its first group equals it."""
+
+    type: Literal["regex"] = "regex"
+    pattern: str
+
+
+class Function(Section):
+    """A user's own `(task, response) -> Score`."""
+
+    type: Literal["function"] = "function"
+    target: str
+    """`package.module:function`."""
+
+
+GraderConfig = Annotated[
+    Exact | Contains | Numeric | Choice | JsonObject | Regex | Function,
+    Field(discriminator="type"),
+]
+
+
+def _as_sources(value: Any) -> Any:
+    if isinstance(value, str | Path):
+        return ({"type": "jsonl", "path": value},)
+    if isinstance(value, Mapping):
+        return ({"type": "jsonl", **value},)
+    if isinstance(value, Sequence):
+        return tuple(source for item in value for source in _as_sources(item))
+    return value

@@ -1,0 +1,208 @@
+"""A whole run as one typed tree: load it from TOML, override keys, check it, dump it.
+
+People write TOML; the resolved tree is written back as `config.json`. Nothing here imports
+torch, so that a mistake in a run is told in a fraction of a second.
+"""
+
+import json
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ValidationError, model_validator
+
+from opcd.config import inputs, training
+from opcd.config.section import Count, Section
+from opcd.errors import ConfigError, ContextError, TaskError
+
+
+class Run(Section):
+    """One run: everything that a result depends on."""
+
+    name: str
+    seed: int = 0
+    steps: Count = 30
+    out: Path = Path("runs")
+    """Run folders are made in here, by name."""
+    model: training.Model = training.Model()
+    context: inputs.ContextConfig
+    tasks: inputs.Tasks
+    grader: inputs.GraderConfig | None = None
+    rendering: training.Rendering = training.Rendering()
+    rollout: training.Rollout = training.Rollout()
+    loss: training.Loss = training.Loss()
+    teacher: training.TeacherConfig = training.AdapterOff()
+    optimizer: training.Optimizer = training.Optimizer()
+    batch: training.Batch = training.Batch()
+    anchor: training.Anchor = training.Anchor()
+    evaluation: training.Evaluation = training.Evaluation()
+    checkpoint: training.Checkpoint = training.Checkpoint()
+    tracking: training.Tracking = training.Tracking()
+
+    @property
+    def anchors_per_step(self) -> int:
+        """Anchor prompts in each step."""
+        return round(self.batch.prompts_per_step * self.anchor.share)
+
+    @property
+    def tasks_per_step(self) -> int:
+        """Task prompts in each step."""
+        return self.batch.prompts_per_step - self.anchors_per_step
+
+    @model_validator(mode="after")
+    def _sections_fit_each_other(self) -> Self:
+        if self.teacher.type == "remote" and self.loss.support.type == "exact":
+            raise ValueError(
+                "loss.support is exact but teacher.type is remote: a server returns a few "
+                "log-probabilities a token, never the whole vocabulary; write "
+                'loss.support = {type = "top_k", of = "teacher"}'
+            )
+        if self.teacher.type == "adapter_off" and self.model.tuning.type == "full":
+            raise ValueError(
+                "teacher.type is adapter_off but model.tuning is full: there is no adapter to "
+                'switch off; write teacher.type = "frozen", or model.tuning.type = "lora"'
+            )
+        if self.tasks_per_step < 1:
+            raise ValueError(
+                f"anchor.share = {self.anchor.share} leaves no task among "
+                f"{self.batch.prompts_per_step} prompts a step; lower it or raise "
+                "batch.prompts_per_step"
+            )
+        return self
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Run:
+    """Read a run from TOML (written by people) or JSON (written by a run).
+
+    Relative paths inside the file are taken from the folder the file lies in, so that a recipe
+    can be started from anywhere; those of overrides, from the working directory.
+
+    Args:
+        path: the `.toml` or `.json` file.
+        overrides: `key.path=value` strings; the value is read as TOML, else as plain text.
+
+    Raises:
+        ConfigError: the file is missing or malformed, or a key or value in it is wrong.
+    """
+    path = Path(path)
+    tree = _read_tree(path)
+    relative = _parse(tree, path)
+    tree = _absolute_paths(relative, path.parent, tree)
+    for override in overrides:
+        _apply_override(tree, override)
+    return _parse(tree, path)
+
+
+def dump_config(run: Run) -> str:
+    """The resolved tree as JSON text, which `load_config` reads back to an equal tree."""
+    return json.dumps(run.model_dump(mode="json"), indent=1) + "\n"
+
+
+def check_files(run: Run) -> None:
+    """Check that every local file that the run names is there and not empty.
+
+    Raises:
+        ContextError: a context file is missing or empty.
+        TaskError: a task file is missing or empty.
+    """
+    for key, path in _paths_of(run):
+        error = ContextError if key.startswith("context") else TaskError
+        if not path.is_file():
+            raise error(f"{key} = {str(path)!r}: there is no such file; correct the path")
+        if not path.read_text(encoding="utf-8").strip():
+            raise error(
+                f"{key} = {str(path)!r}: the file is empty, so there is nothing to train on; "
+                "put its text in, or name another file"
+            )
+
+
+def differences(ours: Run, theirs: Run) -> list[str]:
+    """The keys in which two runs differ, as `key.path: ours -> theirs`."""
+    left, right = (dict(_leaves(run.model_dump(mode="json"))) for run in (ours, theirs))
+    keys = sorted(left.keys() | right.keys())
+    return [
+        f"{key}: {left.get(key)!r} -> {right.get(key)!r}"
+        for key in keys
+        if left.get(key) != right.get(key)
+    ]
+
+
+def _read_tree(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"{str(path)!r}: there is no such file; give the path of a run's TOML")
+    text = path.read_text(encoding="utf-8")
+    try:
+        return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path.name}: not valid {path.suffix[1:].upper()}: {error}") from error
+
+
+def _parse(tree: Mapping[str, Any], path: Path) -> Run:
+    try:
+        return Run.model_validate({"name": path.parent.name, **tree})
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        raise ConfigError(f"{path.name}:\n" + "\n".join(lines)) from error
+
+
+def _explain(item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"  {where}: there is no such key; check its spelling and its table"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if isinstance(item["input"], dict):
+        return f"  {where or 'the run'}: {message}"
+    return f"  {where} = {item['input']!r}: {message}"
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"{override!r} is not an override; write key.path=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *tables, leaf = key.strip().split(".")
+    for table in tables:
+        tree = tree.setdefault(table, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{override!r}: {table} is a value, not a table of keys")
+    tree[leaf] = value
+
+
+def _absolute_paths(run: Run, folder: Path, tree: dict[str, Any]) -> dict[str, Any]:
+    """Make relative paths of the file's own keys absolute; `out` stays the user's place."""
+    tree = json.loads(json.dumps(run.model_dump(mode="json", exclude_unset=True)))
+    for key, path in _paths_of(run):
+        node: Any = tree
+        *parents, leaf = key.split(".")
+        for part in parents:
+            node = node[int(part) if part.isdigit() else part]
+        node[leaf] = str((folder / path).resolve())
+    if (folder / run.model.path).is_dir():
+        tree.setdefault("model", {})["path"] = str((folder / run.model.path).resolve())
+    return tree
+
+
+def _paths_of(run: Run) -> Iterator[tuple[str, Path]]:
+    def walk(node: Any, key: str) -> Iterator[tuple[str, Path]]:
+        if isinstance(node, BaseModel):
+            for name in type(node).model_fields:
+                yield from walk(getattr(node, name), f"{key}.{name}".lstrip("."))
+        elif isinstance(node, tuple):
+            for index, item in enumerate(node):
+                yield from walk(item, f"{key}.{index}")
+        elif isinstance(node, Path) and key != "out":
+            yield key, node
+
+    yield from walk(run, "")
+
+
+def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict):
+        for name, child in node.items():
+            yield from _leaves(child, f"{key}.{name}".lstrip("."))
+    else:
+        yield key, node

@@ -1,0 +1,235 @@
+"""How a run is trained and measured: student, rollouts, loss, teacher, steps, anchors."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from opcd.config.section import Count, Positive, Section, Share
+
+Direction = Literal["reverse_kl", "forward_kl", "jsd"]
+
+
+class Lora(Section):
+    """Train a low-rank adapter; the base weights stay as they are and serve as teacher."""
+
+    type: Literal["lora"] = "lora"
+    rank: Count = 32
+    alpha: Positive = 64.0
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    targets: str | tuple[str, ...] = "all-linear"
+    """`all-linear`, or the names of the modules to adapt."""
+
+
+class Full(Section):
+    """Train all weights, kept in float32."""
+
+    type: Literal["full"] = "full"
+
+
+class Model(Section):
+    """The student."""
+
+    path: str = "smollm2-135m"
+    """A local folder, a `.gguf` file, a Hugging Face id, or the alias `smollm2-135m`."""
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of matrix products and of weights that are not trained; those that are stay in float32.
+    `auto` is bfloat16 where the device multiplies it natively."""
+    device: str = "auto"
+    """`auto`, `cpu`, `mps` or `cuda`; a launched process keeps the device it was given."""
+    tuning: Annotated[Lora | Full, Field(discriminator="type")] = Lora()
+    gradient_checkpointing: bool = False
+
+
+class Rendering(Section):
+    """How conversations become token ids."""
+
+    over_long: Literal["error", "drop_row"] = "error"
+    """What to do with a row whose prompt does not fit; nothing is ever cut."""
+    max_prompt_tokens: Count | None = None
+    """Default: what the model can hold, less the response."""
+    student_thinking: bool | None = None
+    """`enable_thinking` of the chat template; unset leaves it to the template."""
+    teacher_thinking: bool | None = None
+
+
+class Rollout(Section):
+    """How responses are sampled."""
+
+    type: Literal["hf"] = "hf"
+    max_new_tokens: Count = 64
+    temperature: Positive = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    batch_rows: Count = 32
+    """Sequences decoded together."""
+    teacher_fraction: Share = 0.0
+    """Share of the prompts answered by the teacher with the context: 1 is off-policy."""
+    max_truncated_fraction: Share = 1.0
+    """Stop the run where more responses of a step than this are cut by `max_new_tokens`."""
+
+
+class ExactSupport(Section):
+    """Sum over the whole vocabulary."""
+
+    type: Literal["exact"] = "exact"
+
+
+class TopK(Section):
+    """Sum over k tokens, and do something with the rest of the mass."""
+
+    type: Literal["top_k"] = "top_k"
+    k: Count = 256
+    of: Literal["student", "teacher", "union"] = "student"
+    tail: Literal["bucket", "renormalise", "drop"] = "bucket"
+    """`bucket`: one class more; `drop` is not a divergence and can drain the mass."""
+
+
+class Sampled(Section):
+    """Only the sampled token, as a score-function estimate."""
+
+    type: Literal["sampled"] = "sampled"
+
+
+class Warmup(Section):
+    """Another direction for the first steps."""
+
+    direction: Direction = "forward_kl"
+    steps: Count = 16
+
+
+class Loss(Section):
+    """What moves the student towards the teacher."""
+
+    direction: Direction = "reverse_kl"
+    jsd_beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """Weight of the teacher in the mixture of `jsd`."""
+    support: Annotated[ExactSupport | TopK | Sampled, Field(discriminator="type")] = ExactSupport()
+    reduction: Literal["sequence", "token"] = "sequence"
+    temperature: Positive = 1.0
+    """Divides the logits of both sides; independent of `rollout.temperature`."""
+    warmup: Warmup | None = None
+    chunk_tokens: Count = 128
+    """Response tokens whose logits exist at one time."""
+
+    @model_validator(mode="after")
+    def _sampled_token_is_reverse_kl(self) -> Self:
+        directions = {self.direction, self.warmup.direction if self.warmup else self.direction}
+        if self.support.type == "sampled" and directions != {"reverse_kl"}:
+            raise ValueError(
+                "support sampled estimates the reverse KL only, since the tokens are the "
+                'student\'s; set direction = "reverse_kl" and remove warmup, or take '
+                'support = {type = "exact"}'
+            )
+        return self
+
+
+class AdapterOff(Section):
+    """The student with its adapter switched off: the base model, at no extra memory."""
+
+    type: Literal["adapter_off"] = "adapter_off"
+
+
+class Frozen(Section):
+    """Another model with the same vocabulary, or the student's own first weights."""
+
+    type: Literal["frozen"] = "frozen"
+    path: str | None = None
+    """Default: `model.path`."""
+
+
+class Ema(Section):
+    """A running mean of the student's weights."""
+
+    type: Literal["ema"] = "ema"
+    decay: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.99
+
+
+class Live(Section):
+    """The student of this very step; known to collapse (paper, table 5)."""
+
+    type: Literal["live"] = "live"
+
+
+class Refresh(Section):
+    """A snapshot of the student, taken again every so many steps."""
+
+    type: Literal["refresh"] = "refresh"
+    every_steps: Count = 30
+
+
+class Remote(Section):
+    """A server that scores tokens."""
+
+    type: Literal["remote"] = "remote"
+    url: str
+
+
+TeacherConfig = Annotated[
+    AdapterOff | Frozen | Ema | Live | Refresh | Remote, Field(discriminator="type")
+]
+
+
+class Optimizer(Section):
+    """AdamW and its schedule."""
+
+    lr: Positive = 5e-4
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    clip_norm: Positive = 1.0
+    schedule: str = "constant_with_warmup"
+    """Any name that `transformers.get_scheduler` knows."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 5
+    max_nonfinite_steps: Annotated[int, Field(ge=0)] = 3
+    """Steps with a non-finite loss or gradient that are skipped before the run stops."""
+
+
+class Batch(Section):
+    """How much one step takes, and in what portions."""
+
+    prompts_per_step: Count = 18
+    """Tasks and anchors together."""
+    rows_per_forward: Count = 12
+    """Sequences in one forward and backward pass; gradients accumulate over the rest."""
+
+
+class Anchor(Section):
+    """Other prompts that hold the rest of the behaviour still."""
+
+    share: Annotated[float, Field(ge=0.0, lt=1.0)] = 1 / 3
+    """Of every step's prompts; 0 trains without anchors."""
+    path: Path | None = None
+    """JSON as shipped in `opcd/anchors.json`; default: that set."""
+    max_new_tokens: Count = 16
+    """Of anchor responses, in training and in the `kept` suite."""
+
+
+class Evaluation(Section):
+    """What is measured, on which rows."""
+
+    every_steps: Count = 10
+    """Validation during training; the best checkpoint is chosen by it."""
+    validation_rows: Count | None = 60
+    test_rows: Count | None = None
+    kept_rows: Count = 48
+    """Prompts under other system messages in the `kept` suite."""
+    temperature: Annotated[float, Field(ge=0.0)] = 0.0
+    """0 is greedy."""
+    select_by: str = "correct"
+    """Grader's metric that chooses the best step; ties go to the lower validation KL."""
+
+
+class Checkpoint(Section):
+    """What is kept on disk."""
+
+    every_steps: Count = 10
+    keep: Count = 2
+
+
+class Tracking(Section):
+    """Where metrics go besides `metrics.jsonl`."""
+
+    trackers: tuple[str, ...] = ()
+    """Names that accelerate knows: tensorboard, wandb, ..."""
+    rollouts_per_step: Annotated[int, Field(ge=0)] = 2
+    """Responses of each step written to `rollouts.jsonl`."""

@@ -1,0 +1,86 @@
+"""What only the teacher sees, and where it is placed in the conversation."""
+
+import json
+from pathlib import Path
+
+from opcd.config.inputs import Column, ContextConfig, Document, Examples, SystemPrompt
+from opcd.errors import ContextError
+from opcd.types import Context, Message, Task
+
+
+def load_context(config: ContextConfig, task: Task) -> Context:
+    """The context of one task.
+
+    Raises:
+        ContextError: a file is missing or empty, or a row has no context of its own.
+    """
+    match config:
+        case SystemPrompt():
+            return Context(system=read_text(config.path))
+        case Examples():
+            system = read_text(config.system) if config.system else ""
+            return Context(system=system, examples=read_examples(config.path))
+        case Document():
+            text = config.template.replace("{document}", read_text(config.path))
+            return _place(text, config.placement)
+        case Column():
+            if not task.context:
+                raise ContextError(
+                    f"row {task.id!r} has no context, but context.type = 'column' takes it from "
+                    "there; fill the row's context column"
+                )
+            return _place(config.template.replace("{context}", task.context), config.placement)
+
+
+def add_context(task: Task, context: Context) -> tuple[Message, ...]:
+    """The conversation as the teacher sees it.
+
+    The context's system text comes before the task's own, in one system message; the examples
+    follow; the last user turn goes through `context.user_template`.
+    """
+    own_system = [m.content for m in task.messages if m.role == "system"]
+    turns = [m for m in task.messages if m.role != "system"]
+    system = "\n\n".join(text for text in (context.system, *own_system) if text)
+    last = Message("user", context.user_template.replace("{prompt}", turns[-1].content))
+    head = (Message("system", system),) if system else ()
+    return (*head, *context.examples, *turns[:-1], last)
+
+
+def read_text(path: Path) -> str:
+    """A context file's text, without the white space around it.
+
+    Raises:
+        ContextError: there is no such file, or nothing in it.
+    """
+    if not path.is_file():
+        raise ContextError(
+            f"the context file {str(path)!r} is missing; the teacher would see nothing that the "
+            "student does not. Correct the path"
+        )
+    text = path.read_text(encoding="utf-8").strip()
+    if not text:
+        raise ContextError(f"the context file {str(path)!r} is empty; write the context into it")
+    return text
+
+
+def read_examples(path: Path) -> tuple[Message, ...]:
+    """Worked examples as turns: a user's `prompt`, the assistant's `response`.
+
+    Raises:
+        ContextError: a line is not such an object.
+    """
+    turns: list[Message] = []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            turns += [Message("user", row["prompt"]), Message("assistant", row["response"])]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ContextError(
+                f"{path.name}, line {number}: not an example ({error!r}); write "
+                '{"prompt": "...", "response": "..."}'
+            ) from error
+    return tuple(turns)
+
+
+def _place(text: str, placement: str) -> Context:
+    return Context(user_template=text) if placement == "user" else Context(system=text)

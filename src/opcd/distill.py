@@ -1,0 +1,250 @@
+"""On-policy context distillation: the loop.
+
+    L = E_{x ~ tasks, y ~ student(.|x)}  1/|y| sum_t D( student(.|x, y<t), teacher(.|c, x, y<t) )
+
+One step: draw tasks and anchors; the student answers them without the context; the teacher, who
+sees it, scores those very tokens; one optimiser step towards the teacher.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opcd.assembly import Parts
+from opcd.batching import collate
+from opcd.config import Run
+from opcd.config.training import Direction, Loss
+from opcd.divergence import TokenStats
+from opcd.errors import DivergedError, RolloutError
+from opcd.models import trainable
+from opcd.rollouts.engine import Prompt, RolloutEngine, Sampling
+from opcd.tally import Tally, peak_bytes
+from opcd.tasks import draw
+from opcd.types import PromptPair, Rollout
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A prompt pair with the response that both sides score."""
+
+    pair: PromptPair
+    rollout: Rollout
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one step did."""
+
+    metrics: dict[str, Any]
+    """One row of `metrics.jsonl`."""
+    answered: Sequence[Answered]
+
+
+@dataclass
+class Trainer:
+    """What training moves, beside the student itself."""
+
+    optimizer: Any
+    scheduler: Any
+    step: int = 0
+    """Steps done."""
+    skipped_steps: int = 0
+    """Steps whose loss or gradient was not finite; they left the weights as they were."""
+
+
+def distill(parts: Parts, trainer: Trainer) -> Iterator[StepReport]:
+    """Train until `steps` are done, one report a step.
+
+    Raises:
+        DivergedError: more steps than allowed were not finite.
+        RolloutError: too many responses were cut.
+    """
+    while trainer.step < parts.config.steps:
+        tally = Tally()
+        with tally.timed("wall_s"):
+            with tally.timed("rollout_s"):
+                answered = roll_out(parts, trainer.step)
+            count_rollouts(parts, answered, tally)
+            loss = loss_at(parts.config.loss, trainer.step)
+            accumulate(parts, answered, loss, tally)
+            with tally.timed("train_s"):
+                lr = update(parts, trainer, tally)
+        yield StepReport(summarise(trainer, tally, loss.direction, lr), answered)
+
+
+def roll_out(parts: Parts, step: int) -> list[Answered]:
+    """Draw this process's tasks and anchors of a step, and have them answered.
+
+    The first `rollout.teacher_fraction` of the tasks is answered by the teacher with the context
+    (off-policy), the rest and all anchors by the student.
+    """
+    config, seed = parts.config, f"{parts.config.seed}/{step}"
+    mine = slice(parts.accelerator.process_index, None, parts.accelerator.num_processes)
+    items = draw(parts.items["train"], config.tasks_per_step, step, config.seed)[mine]
+    anchors = parts.render_anchors(parts.anchors.draw(config.anchors_per_step, seed)[mine])
+    pairs = [item.pair for item in items]
+    cut = round(len(pairs) * config.rollout.teacher_fraction)
+    sampling = Sampling(config.rollout.temperature, config.rollout.top_p, seed)
+    answered: list[Answered] = []
+    if cut:
+        parts.teacher_engine.use("base", 0)
+        answered += answer(config, parts.teacher_engine, pairs[:cut], sampling, with_context=True)
+    parts.engine.use("student", step)
+    return answered + answer(config, parts.engine, [*pairs[cut:], *anchors], sampling)
+
+
+def answer(
+    config: Run,
+    engine: RolloutEngine,
+    pairs: Sequence[PromptPair],
+    sampling: Sampling,
+    with_context: bool = False,
+) -> list[Answered]:
+    """Each pair with a response to its student prompt, or to its teacher prompt."""
+    most = {"task": config.rollout.max_new_tokens, "anchor": config.anchor.max_new_tokens}
+    prompts = [
+        Prompt(p.task_id, p.teacher_ids if with_context else p.student_ids, most[p.origin])
+        for p in pairs
+    ]
+    rollouts = engine.generate(prompts, sampling) if prompts else []
+    return [Answered(pair, rollout) for pair, rollout in zip(pairs, rollouts, strict=True)]
+
+
+def count_rollouts(parts: Parts, answered: Sequence[Answered], tally: Tally) -> None:
+    """Count tokens and cut responses of the tasks.
+
+    Raises:
+        RolloutError: more were cut than `rollout.max_truncated_fraction`.
+    """
+    tasks = [a.rollout for a in answered if a.pair.origin == "task"]
+    tally.add("sequences", len(answered))
+    tally.add("tasks", len(tasks))
+    tally.add("truncated", sum(not rollout.finished for rollout in tasks))
+    tally.add("response_tokens", sum(len(rollout.response_ids) for rollout in tasks))
+    tally.add("tokens", sum(len(a.rollout.response_ids) for a in answered))
+    tally.gather(parts.accelerator)
+    allowed = parts.config.rollout.max_truncated_fraction
+    if (found := tally.mean("truncated", "tasks")) > allowed:
+        raise RolloutError(
+            f"{found:.0%} of a step's responses were cut after "
+            f"{parts.config.rollout.max_new_tokens} tokens, but at most {allowed:.0%} are allowed; "
+            "raise rollout.max_new_tokens or rollout.max_truncated_fraction"
+        )
+
+
+def loss_at(loss: Loss, step: int) -> Loss:
+    """The loss of a step: with the direction of the warm-up while that lasts."""
+    if loss.warmup and step < loss.warmup.steps:
+        return loss.model_copy(update={"direction": loss.warmup.direction})
+    return loss
+
+
+def accumulate(parts: Parts, answered: Sequence[Answered], loss: Loss, tally: Tally) -> None:
+    """Forward and backward over all responses, in portions that share a teacher.
+
+    Sums are divided once, by the count over all portions and processes.
+    """
+    accelerator = parts.accelerator
+    portions = cut_portions(answered, parts.config.batch.rows_per_forward)
+    total = tally.sums["sequences" if loss.reduction == "sequence" else "tokens"]
+    parts.distiller.train()
+    for portion in portions:
+        origin = portion[0].pair.origin
+        teacher = parts.teacher if origin == "task" else parts.base
+        prefix_tokens = teacher.prefix_tokens if origin == "task" else 0
+        batch = collate([a.pair for a in portion], [a.rollout for a in portion], prefix_tokens)
+        batch = batch.to(accelerator.device)
+        with tally.timed("teacher_s"):
+            teacher_TD = teacher.hidden(batch.teacher)
+        waits = portion is not portions[-1]
+        with (
+            tally.timed("train_s"),
+            accelerator.no_sync(parts.distiller) if waits else nullcontext(),
+        ):
+            stats = parts.distiller(batch, teacher_TD, teacher.head, loss)
+            loss_nats = (stats.divergence_T / weigh(batch.length_T, loss)).sum() / total
+            # Data-parallel training averages over processes; the total is over all of them.
+            accelerator.backward(loss_nats * accelerator.num_processes)
+        tally.add("loss_nats", loss_nats.item())
+        add_stats(tally, stats, origin)
+
+
+def cut_portions(answered: Sequence[Answered], rows: int) -> list[list[Answered]]:
+    """At most `rows` at a time, tasks and anchors apart, and of similar length."""
+    portions: list[list[Answered]] = []
+    for origin in ("task", "anchor"):
+        same = [a for a in answered if a.pair.origin == origin]
+        same.sort(key=lambda a: len(a.pair.student_ids) + len(a.rollout.response_ids))
+        portions += [same[start : start + rows] for start in range(0, len(same), rows)]
+    return portions
+
+
+def weigh(length_T: Tensor, loss: Loss) -> Tensor:
+    """What each token's divergence is divided by: its response's length, or one."""
+    return length_T if loss.reduction == "sequence" else torch.ones_like(length_T)
+
+
+def update(parts: Parts, trainer: Trainer, tally: Tally) -> float:
+    """One optimiser step, unless something is not finite; returns the learning rate used.
+
+    Raises:
+        DivergedError: that has happened more often than `optimizer.max_nonfinite_steps`.
+    """
+    config, weights = parts.config.optimizer, list(trainable(parts.distiller).values())
+    tally.gather(parts.accelerator)
+    norm = float(parts.accelerator.clip_grad_norm_(weights, config.clip_norm))
+    tally.sums["grad_norm"] = norm
+    lr = trainer.optimizer.param_groups[0]["lr"]
+    if math.isfinite(norm) and math.isfinite(tally.sums["loss_nats"]):
+        trainer.optimizer.step()
+        parts.teacher.after_step(trainer.step)
+    else:
+        trainer.skipped_steps += 1
+    trainer.optimizer.zero_grad()
+    trainer.scheduler.step()
+    trainer.step += 1
+    if trainer.skipped_steps > config.max_nonfinite_steps:
+        raise DivergedError(
+            f"{trainer.skipped_steps} steps had a loss or gradient that is not finite (the last: "
+            f"loss {tally.sums['loss_nats']}, norm {norm}), but optimizer.max_nonfinite_steps = "
+            f"{config.max_nonfinite_steps}; lower optimizer.lr. The last checkpoint is good"
+        )
+    return lr
+
+
+def add_stats(tally: Tally, stats: TokenStats, origin: str) -> None:
+    """Add the diagnostics of a portion's tokens to the step's sums."""
+    prefix = "" if origin == "task" else "anchor_"
+    tally.add(f"{prefix}kl_nats", stats.kl_T.sum().item())
+    tally.add(f"{prefix}kl_tokens", len(stats.kl_T))
+    if origin == "task":
+        tally.add("entropy_nats", stats.entropy_T.sum().item())
+        tally.add("student_mass", stats.student_mass_T.sum().item())
+        tally.add("teacher_mass", stats.teacher_mass_T.sum().item())
+
+
+def summarise(trainer: Trainer, tally: Tally, direction: Direction, lr: float) -> dict[str, Any]:
+    """One row of `metrics.jsonl`; `step` counts from 0."""
+    return {
+        "step": trainer.step - 1,
+        "kl_nats_per_token": tally.mean("kl_nats", "kl_tokens"),
+        "anchor_kl_nats_per_token": tally.mean("anchor_kl_nats", "anchor_kl_tokens"),
+        "loss_nats": tally.sums["loss_nats"],
+        "direction": direction,
+        "grad_norm": tally.sums["grad_norm"],
+        "lr": lr,
+        "skipped_steps": trainer.skipped_steps,
+        "response_tokens": int(tally.sums["response_tokens"]),
+        "tokens_per_response": tally.mean("response_tokens", "tasks"),
+        "truncated_fraction": tally.mean("truncated", "tasks"),
+        "student_entropy_nats": tally.mean("entropy_nats", "kl_tokens"),
+        "student_mass_in_support": tally.mean("student_mass", "kl_tokens"),
+        "teacher_mass_in_support": tally.mean("teacher_mass", "kl_tokens"),
+        **tally.seconds,
+        "peak_bytes": peak_bytes(),
+    }

@@ -1,0 +1,168 @@
+"""How far student and teacher are apart at each response token, in nats.
+
+With p the student's and q the teacher's distribution over the next token:
+
+    reverse_kl  KL(p || q) = sum p (log p - log q)         mode-seeking; the paper's loss
+    forward_kl  KL(q || p) = sum q (log q - log p)         mass-covering
+    jsd         b KL(q || m) + (1 - b) KL(p || m),  m = b q + (1 - b) p
+
+each over the whole vocabulary, over k tokens with a policy for the rest of the mass, or as a
+score-function estimate from the sampled token. Pure functions of logits; everything is computed
+in float32 at least. Nothing is averaged here: the trainer divides once.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+from opcd.config.training import Direction, ExactSupport, Loss, Sampled, TopK
+
+# Log-probability of a class that is not there: exp() of it is 0 in every dtype, and unlike -inf
+# it gives 0 * (x - x) = 0 rather than nan, in the value and in the gradient.
+ABSENT = -1e4
+
+
+class TokenStats(NamedTuple):
+    """What is known about each response token; only `divergence_T` carries a gradient."""
+
+    divergence_T: Tensor
+    """The loss of the token, in nats."""
+    kl_T: Tensor
+    """Exact reverse KL, in nats, whatever the loss is."""
+    entropy_T: Tensor
+    """The student's entropy, in nats."""
+    student_mass_T: Tensor
+    """Student's probability inside the loss's support (1 for exact and sampled)."""
+    teacher_mass_T: Tensor
+    """Teacher's probability inside the loss's support."""
+
+
+def token_stats(
+    student_logits_CV: Tensor, teacher_logits_CV: Tensor, response_C: Tensor, loss: Loss
+) -> TokenStats:
+    """Divergence and diagnostics for each token.
+
+    Args:
+        student_logits_CV: the student's logits.
+        teacher_logits_CV: the teacher's logits for the same positions.
+        response_C: the token that was sampled at each position.
+        loss: direction, support, tail and temperature.
+    """
+    student_CV = _log_probs(student_logits_CV, loss.temperature)
+    teacher_CV = _log_probs(teacher_logits_CV, loss.temperature).detach()
+    ids_CK = None
+    if isinstance(loss.support, TopK):
+        ids_CK = support_ids(student_CV.detach(), teacher_CV, loss.support)
+    with torch.no_grad():
+        ones_C = torch.ones_like(response_C, dtype=student_CV.dtype)
+        diagnostics = (
+            divergence(student_CV, teacher_CV, "reverse_kl"),
+            -(student_CV.exp() * student_CV).sum(-1),
+            ones_C if ids_CK is None else _gather(student_CV, ids_CK).exp().sum(-1),
+            ones_C if ids_CK is None else _gather(teacher_CV, ids_CK).exp().sum(-1),
+        )
+    return TokenStats(_loss(student_CV, teacher_CV, response_C, ids_CK, loss), *diagnostics)
+
+
+def divergence(
+    student_CK: Tensor, teacher_CK: Tensor, direction: Direction, jsd_beta: float = 0.5
+) -> Tensor:
+    """The divergence of two sets of log-probabilities over the same K classes, `_C`, in nats."""
+    match direction:
+        case "reverse_kl":
+            return _kl(student_CK, teacher_CK)
+        case "forward_kl":
+            return _kl(teacher_CK, student_CK)
+        case "jsd":
+            weights = torch.tensor([jsd_beta, 1.0 - jsd_beta]).log().to(student_CK)
+            mixture_CK = torch.logaddexp(teacher_CK + weights[0], student_CK + weights[1])
+            teacher_C, student_C = _kl(teacher_CK, mixture_CK), _kl(student_CK, mixture_CK)
+            return jsd_beta * teacher_C + (1.0 - jsd_beta) * student_C
+
+
+def support_ids(student_CV: Tensor, teacher_CV: Tensor, support: TopK) -> Tensor:
+    """The token ids of a top-k support, `_CK`; -1 where a union has an id already.
+
+    Raises:
+        ValueError: k is larger than the vocabulary.
+    """
+    vocabulary = student_CV.shape[-1]
+    if support.k > vocabulary:
+        raise ValueError(
+            f"loss.support.k = {support.k} is larger than the vocabulary of {vocabulary} tokens; "
+            'lower it, or write loss.support = {type = "exact"}'
+        )
+    student_ids_CK = student_CV.topk(support.k).indices
+    if support.of == "student":
+        return student_ids_CK
+    teacher_ids_CK = teacher_CV.topk(support.k).indices
+    if support.of == "teacher":
+        return teacher_ids_CK
+    inside_CV = torch.zeros_like(student_CV, dtype=torch.bool).scatter_(-1, student_ids_CK, True)
+    repeated_CK = inside_CV.gather(-1, teacher_ids_CK)
+    return torch.cat([student_ids_CK, teacher_ids_CK.masked_fill(repeated_CK, -1)], dim=-1)
+
+
+def restrict(log_probs_CV: Tensor, ids_CK: Tensor, tail: str) -> Tensor:
+    """Log-probabilities over a support, and what its tail policy makes of the rest.
+
+    `bucket` appends one class with the rest of the mass, which by the log-sum inequality can
+    only lower a KL; `renormalise` divides by the mass inside; `drop` leaves sums below 1, so
+    that what comes of it is no divergence.
+    """
+    inside_CK = _gather(log_probs_CV, ids_CK)
+    if tail == "renormalise":
+        return inside_CK - inside_CK.logsumexp(-1, keepdim=True)
+    if tail == "drop":
+        return inside_CK
+    # From the complement itself: 1 - sum(p) would lose a small tail to rounding.
+    outside_CV = _remove(log_probs_CV, ids_CK)
+    return torch.cat([inside_CK, outside_CV.logsumexp(-1, keepdim=True)], dim=-1)
+
+
+def score_function(student_CV: Tensor, teacher_CV: Tensor, response_C: Tensor) -> Tensor:
+    """Reverse KL estimated from the sampled token: value log p/q, gradient (log p/q) grad log p.
+
+    The bare log-ratio must not be differentiated: its expected gradient is zero, since
+    E_p[grad log p] = 0.
+    """
+    taken_C = response_C.unsqueeze(-1)
+    student_C = student_CV.gather(-1, taken_C).squeeze(-1)
+    advantage_C = student_C.detach() - teacher_CV.gather(-1, taken_C).squeeze(-1)
+    return advantage_C * (1.0 + student_C - student_C.detach())
+
+
+def _loss(
+    student_CV: Tensor, teacher_CV: Tensor, response_C: Tensor, ids_CK: Tensor | None, loss: Loss
+) -> Tensor:
+    match loss.support:
+        case ExactSupport():
+            return divergence(student_CV, teacher_CV, loss.direction, loss.jsd_beta)
+        case Sampled():
+            return score_function(student_CV, teacher_CV, response_C)
+        case TopK(tail=tail):
+            assert ids_CK is not None, "a top-k support has ids"
+            sides = (restrict(side_CV, ids_CK, tail) for side_CV in (student_CV, teacher_CV))
+            return divergence(*sides, loss.direction, loss.jsd_beta)
+
+
+def _log_probs(logits_CV: Tensor, temperature: float) -> Tensor:
+    if logits_CV.dtype != torch.float64:
+        logits_CV = logits_CV.float()
+    return log_softmax(logits_CV / temperature, dim=-1)
+
+
+def _kl(p_CK: Tensor, q_CK: Tensor) -> Tensor:
+    return (p_CK.exp() * (p_CK - q_CK)).sum(-1)
+
+
+def _gather(log_probs_CV: Tensor, ids_CK: Tensor) -> Tensor:
+    return log_probs_CV.gather(-1, ids_CK.clamp(min=0)).masked_fill(ids_CK < 0, ABSENT)
+
+
+def _remove(log_probs_CV: Tensor, ids_CK: Tensor) -> Tensor:
+    # A repeated id of a union removes the row's first id once more, which changes nothing.
+    real_CK = torch.where(ids_CK < 0, ids_CK[..., :1], ids_CK)
+    return log_probs_CV.scatter(-1, real_CK, ABSENT)

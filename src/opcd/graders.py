@@ -1,0 +1,134 @@
+"""Is this response right? Each grader is a function `(task, response) -> Score`.
+
+All of them report `valid` (the response has the asked form) and `correct` (it is also right).
+"""
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+from opcd.config import inputs
+from opcd.errors import TaskError
+from opcd.targets import resolve
+from opcd.types import Score, Task
+
+Grader = Callable[[Task, str], Score]
+
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def build_grader(config: inputs.GraderConfig) -> Grader:
+    """The grader that a `[grader]` table describes."""
+    match config:
+        case inputs.Exact():
+            return lambda task, response: grade_exact(task, response, config.ignore_case)
+        case inputs.Contains():
+            return grade_contains
+        case inputs.Numeric():
+            return lambda task, response: grade_numeric(task, response, config.tolerance)
+        case inputs.Choice():
+            return lambda task, response: grade_choice(task, response, config.choices, config.tag)
+        case inputs.JsonObject():
+            return lambda task, response: grade_json(task, response, config.keys)
+        case inputs.Regex():
+            pattern = re.compile(config.pattern)
+            return lambda task, response: grade_regex(task, response, pattern)
+        case inputs.Function():
+            return resolve(config.target)
+
+
+def grade_exact(task: Task, response: str, ignore_case: bool = False) -> Score:
+    """Right where response and answer are the same text."""
+    found, wanted = response.strip(), str(_answer(task)).strip()
+    if ignore_case:
+        found, wanted = found.lower(), wanted.lower()
+    return _score(valid=bool(found), correct=found == wanted, note=f"wanted {wanted!r}")
+
+
+def grade_contains(task: Task, response: str) -> Score:
+    """Right where the answer occurs in the response."""
+    wanted = str(_answer(task))
+    hit = wanted.lower() in response.lower()
+    return _score(valid=bool(response.strip()), correct=hit, note=f"wanted {wanted!r} in it")
+
+
+def grade_numeric(task: Task, response: str, tolerance: float = 1e-6) -> Score:
+    """Right where the last number in the response is the answer (thousands commas allowed)."""
+    numbers = NUMBER.findall(response)
+    if not numbers:
+        return _score(valid=False, correct=False, note="no number")
+    found, wanted = (float(str(x).replace(",", "")) for x in (numbers[-1], _answer(task)))
+    return _score(True, abs(found - wanted) <= tolerance, f"found {found}, wanted {wanted}")
+
+
+def grade_choice(
+    task: Task, response: str, choices: tuple[str, ...], tag: str | None = None
+) -> Score:
+    """Right where exactly one choice is named as a whole word, and it is the answer.
+
+    With `tag`, only the last `<tag>...</tag>` counts and must hold the choice alone, so that
+    neither 'Based on ...' is read as B, nor a sentence about every option as the last one.
+    """
+    if tag:
+        inside = re.findall(rf"<{re.escape(tag)}>(.*?)</{re.escape(tag)}>", response, re.DOTALL)
+        found = {c for c in choices if inside and inside[-1].strip().lower() == c.lower()}
+    else:
+        words = {c: re.compile(rf"(?<!\w){re.escape(c)}(?!\w)", re.IGNORECASE) for c in choices}
+        found = {choice for choice, word in words.items() if word.search(response)}
+    if len(found) != 1:
+        return _score(valid=False, correct=False, note=f"names {len(found)} of the choices")
+    (choice,) = found
+    wanted = str(_answer(task))
+    return _score(True, choice.lower() == wanted.lower(), f"found {choice!r}, wanted {wanted!r}")
+
+
+def grade_json(task: Task, response: str, keys: dict[str, tuple[Any, ...]]) -> Score:
+    """Right where the whole response is one JSON object with these keys that equals the answer.
+
+    Besides `valid` and `correct`, one metric for each key says whether that value is right.
+    """
+    wrong = dict.fromkeys((f"correct_{key}" for key in keys), 0.0)
+    try:
+        found = json.loads(response)
+    except json.JSONDecodeError as error:
+        return Score({"valid": 0.0, "correct": 0.0, **wrong}, f"not JSON: {error.msg}")
+    if not isinstance(found, dict) or found.keys() != keys.keys():
+        return Score({"valid": 0.0, "correct": 0.0, **wrong}, f"keys are not {sorted(keys)}")
+    for key, allowed in keys.items():
+        if allowed and not any(_same(found[key], value) for value in allowed):
+            note = f"{key} = {found[key]!r} is none of {list(allowed)}"
+            return Score({"valid": 0.0, "correct": 0.0, **wrong}, note)
+    answer = _answer(task)
+    each = {f"correct_{key}": float(_same(found[key], answer[key])) for key in keys}
+    correct = float(all(each.values()))
+    return Score({"valid": 1.0, "correct": correct, **each}, "" if correct else f"wanted {answer}")
+
+
+def grade_regex(task: Task, response: str, pattern: re.Pattern[str]) -> Score:
+    """Right where the pattern occurs and, with an answer, its first group equals the answer."""
+    match = pattern.search(response)
+    if match is None:
+        return _score(valid=False, correct=False, note=f"no match for {pattern.pattern!r}")
+    if task.answer is None:
+        return _score(valid=True, correct=True)
+    found = match.group(1) if pattern.groups else match.group(0)
+    return _score(True, found.strip() == str(task.answer).strip(), f"found {found!r}")
+
+
+def _score(valid: bool, correct: bool, note: str = "") -> Score:
+    return Score({"valid": float(valid), "correct": float(correct)}, "" if correct else note)
+
+
+def _answer(task: Task) -> Any:
+    if task.answer is None:
+        raise TaskError(
+            f"row {task.id!r} has no answer, so it cannot be graded; add an answer column, or "
+            "remove [grader]"
+        )
+    return task.answer
+
+
+def _same(found: Any, wanted: Any) -> bool:
+    """Equal in value and kind: JSON's `true` is not 1."""
+    return found == wanted and isinstance(found, bool) == isinstance(wanted, bool)

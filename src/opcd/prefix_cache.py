@@ -1,0 +1,178 @@
+"""The context that all teacher prompts begin with, read once.
+
+The keys and values of the shared prefix exist once, whatever the batch. Attention over it folds
+the whole batch into the queries (one large product that reads the prefix once), attention over a
+row's own tokens is as usual, and the two are merged by their log-sum-exp: the softmax over both
+parts is exact, nothing is approximated.
+
+    out = w out_prefix + (1 - w) out_own,   w = 1 / (1 + exp(lse_own - lse_prefix))
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, DynamicCache
+
+from opcd.models import attention, causal_model
+
+SCORES_AT_ONCE = 2**24
+"""Attention scores over the prefix that exist at one time."""
+PREFILL_TOKENS = 1024
+"""Prefix tokens read in one forward pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class SharedPrefix:
+    """Keys and values of a prefix, one `[heads, P, head_dim]` pair for each layer."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    ids: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Length of the prefix."""
+        return len(self.ids)
+
+    @property
+    def bytes(self) -> int:
+        """Memory the prefix takes."""
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+
+
+def why_unsupported(model: Any, tokens: int) -> str | None:
+    """The reason why a model cannot share a prefix of so many tokens; `None` if it can."""
+    model = causal_model(model)
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None)
+    if window and window <= tokens and kinds != {"full_attention"}:
+        return f"its attention window of {window} tokens is shorter than the context of {tokens}"
+    if kinds != {"full_attention"} or getattr(config, "attn_logit_softcapping", None):
+        return "its layers are not plain full attention"
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"{type(model).__name__} does not let its attention be replaced"
+    return None
+
+
+@torch.no_grad()
+def read_prefix(model: Any, ids: Sequence[int]) -> SharedPrefix:
+    """Read a prefix with the model's weights of this moment."""
+    decoder = causal_model(model).get_decoder()
+    device = next(decoder.parameters()).device
+    cache = DynamicCache(config=causal_model(model).config)
+    for part_P in torch.tensor(ids, device=device).split(PREFILL_TOKENS):
+        decoder(input_ids=part_P.unsqueeze(0), past_key_values=cache, use_cache=True)
+    # Under autocast the cache keeps float32, which attention would turn into bfloat16 every time.
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else cache.layers[0].keys.dtype
+    layers = [(layer.keys[0].to(dtype), layer.values[0].to(dtype)) for layer in cache.layers]
+    return SharedPrefix(*(tuple(part) for part in zip(*layers, strict=True)), ids=tuple(ids))
+
+
+def forward_after_prefix(
+    model: Any,
+    prefix: SharedPrefix,
+    ids_BS: Tensor,
+    mask_BS: Tensor | None = None,
+    cache: DynamicCache | None = None,
+) -> Tensor:
+    """Hidden states `_BSD` of tokens that all come after the same prefix.
+
+    Args:
+        model: the model that read the prefix, with the same weights.
+        prefix: the shared prefix.
+        ids_BS: each row's own tokens. With `cache`, those after what is in it.
+        mask_BS: 1 at real tokens, over the cached and the new ones; needed with left padding.
+        cache: holds the rows' own keys and values, and grows.
+    """
+    decoder = causal_model(model).get_decoder()
+    old = cache.get_seq_length() if cache is not None else 0
+    if mask_BS is None:
+        mask_BS = torch.ones(len(ids_BS), old + ids_BS.shape[1], device=ids_BS.device)
+    positions_BS = (mask_BS.long().cumsum(-1) - 1).clamp(min=0)[:, old:] + prefix.tokens
+    with attention(model, "opcd_cascade"):
+        return decoder(
+            input_ids=ids_BS,
+            attention_mask=_own_mask(mask_BS, ids_BS.shape[1]),
+            position_ids=positions_BS,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            shared_prefix=prefix,
+        ).last_hidden_state
+
+
+def cascade_attention(
+    module: Any,
+    query_BHSd: Tensor,
+    key_BhSd: Tensor,
+    value_BhSd: Tensor,
+    attention_mask: Tensor,
+    scaling: float,
+    shared_prefix: SharedPrefix,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention over a shared prefix and over each row's own tokens, merged exactly.
+
+    `H` query heads share `h` key heads; `d` is the width of a head. Registered with transformers
+    as `opcd_cascade`; returns `[B, S, H, d]` as its attention functions do.
+    """
+    batch, heads, length, width = query_BHSd.shape
+    key_heads = key_BhSd.shape[1]
+    # Under autocast rotary embeddings leave queries and keys in float32 beside bfloat16 values.
+    dtype = value_BhSd.dtype
+    query_BhGd = query_BHSd.to(dtype).reshape(batch, key_heads, -1, width) * scaling
+    folded_hNd = query_BhGd.transpose(0, 1).reshape(key_heads, -1, width)
+    keys, values = (side[module.layer_idx] for side in (shared_prefix.keys, shared_prefix.values))
+    out_hNd, lse_hN = _attend_prefix(folded_hNd, keys, values)
+    own_BhGd, own_lse_BhG = _attend_own(query_BhGd, key_BhSd.to(dtype), value_BhSd, attention_mask)
+    out_BhGd = out_hNd.view(key_heads, batch, -1, width).transpose(0, 1)
+    lse_BhG = lse_hN.view(key_heads, batch, -1).transpose(0, 1)
+    weight_BhG1 = torch.sigmoid(lse_BhG - own_lse_BhG).unsqueeze(-1).to(dtype)
+    merged_BhGd = torch.lerp(own_BhGd, out_BhGd, weight_BhG1)
+    return merged_BhGd.reshape(batch, heads, length, width).transpose(1, 2), None
+
+
+def _attend_prefix(query_hNd: Tensor, key_hPd: Tensor, value_hPd: Tensor) -> tuple[Tensor, Tensor]:
+    rows = max(1, SCORES_AT_ONCE // (key_hPd.shape[0] * key_hPd.shape[1]))
+    parts = []
+    for part_hNd in query_hNd.split(rows, dim=1):
+        scores_hNP = (part_hNd @ key_hPd.transpose(1, 2)).float()
+        lse_hN = scores_hNP.logsumexp(-1)
+        weights_hNP = scores_hNP.sub_(lse_hN.unsqueeze(-1)).exp_().to(value_hPd.dtype)
+        parts.append((weights_hNP @ value_hPd, lse_hN))
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs, dim=1), torch.cat(lses, dim=1)
+
+
+def _attend_own(
+    query_BhGd: Tensor, key_BhSd: Tensor, value_BhSd: Tensor, mask_B1qS: Tensor
+) -> tuple[Tensor, Tensor]:
+    scores_BhGS = (query_BhGd @ key_BhSd.transpose(2, 3)).float()
+    groups = query_BhGd.shape[2] // mask_B1qS.shape[2]
+    scores_BhGS += mask_B1qS.repeat(1, 1, groups, 1)
+    lse_BhG = scores_BhGS.logsumexp(-1)
+    weights_BhGS = (scores_BhGS - lse_BhG.unsqueeze(-1)).exp().to(value_BhSd.dtype)
+    return weights_BhGS @ value_BhSd, lse_BhG
+
+
+def _own_mask(mask_BS: Tensor, queries: int) -> Tensor:
+    """Additive `[B, 1, q, S]`: causal among a row's own tokens, and blind to padding.
+
+    Padding tokens attend to themselves, so that their unused rows stay finite.
+    """
+    length = mask_BS.shape[1]
+    position_S = torch.arange(length, device=mask_BS.device)
+    query_q1 = position_S[length - queries :].unsqueeze(-1)
+    allowed_BqS = (position_S <= query_q1) & mask_BS.bool().unsqueeze(1)
+    allowed_BqS = allowed_BqS | (position_S == query_q1)
+    blocked_BqS = torch.zeros(allowed_BqS.shape, device=mask_BS.device).masked_fill(
+        ~allowed_BqS, torch.finfo(torch.float32).min
+    )
+    return blocked_BqS.unsqueeze(1)
+
+
+AttentionInterface.register("opcd_cascade", cascade_attention)

@@ -1,0 +1,58 @@
+"""Programs on a finished run: measure it, ask it."""
+
+from pathlib import Path
+
+from opcd.assembly import Item, Parts, assemble
+from opcd.contexts import load_context
+from opcd.errors import ContextError
+from opcd.evaluation import CONDITIONS, Evaluation, evaluate, respond
+from opcd.models import load_weights
+from opcd.runs import RunFolder, append_jsonl, open_run, write_json
+from opcd.training import read_best
+from opcd.types import Context, Message, Task
+
+
+def open_baked(path: Path) -> tuple[RunFolder, Parts, int]:
+    """A run's parts with its best weights in the student, and the step these are from.
+
+    Raises:
+        InputError: the path is no run, or one without a best step.
+    """
+    folder, config = open_run(path)
+    best = read_best(folder)
+    parts = assemble(config)
+    load_weights(parts.student, folder.best)
+    return folder, parts, best["step"]
+
+
+def evaluate_run(path: Path, split: str = "test") -> Evaluation:
+    """Measure a run's best weights on a split, and write `evaluation.json` and `answers.jsonl`."""
+    folder, parts, step = open_baked(path)
+    found = evaluate(parts, split, f"step-{step}")
+    write_json(folder.evaluation, found.summary)
+    folder.answers.unlink(missing_ok=True)
+    append_jsonl(folder.answers, found.answers)
+    return found
+
+
+def sample_run(path: Path, prompt: str) -> dict[str, str]:
+    """One prompt's greedy answer under each condition."""
+    _, parts, _ = open_baked(path)
+    parts.grader = None
+    task = Task("sample", (Message("user", prompt),))
+    pair = parts.renderer.pair(task, context_for(parts, task))
+    return {c: respond(parts, [Item(task, pair)], c)[0].text for c in CONDITIONS}
+
+
+def context_for(parts: Parts, task: Task) -> Context:
+    """The run's context, for a prompt that is no row of it.
+
+    Raises:
+        ContextError: every row of the run has a context of its own.
+    """
+    if parts.config.context.type == "column":
+        raise ContextError(
+            "every row of this run brings its own context, so a prompt alone has none; put the "
+            "prompt and its context into a row and use opcd evaluate"
+        )
+    return load_context(parts.config.context, task)

@@ -1,0 +1,51 @@
+"""What a rollout engine is: prompts in, responses of the current policy out, all as token ids."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from opcd.types import Rollout
+
+Policy = Literal["student", "base"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Whose prompt it is, its token ids, and how long the response may be."""
+
+    task_id: str
+    ids: tuple[int, ...]
+    max_new_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: float = 0.0
+    """0 takes the most likely token."""
+    top_p: float = 1.0
+    seed: str = ""
+    """With the task id, decides every draw: not the batch a prompt happens to be in."""
+
+    def uniforms(self, task_id: str, count: int) -> Tensor:
+        """One number in [0, 1) for each of the response's first `count` tokens."""
+        digest = hashlib.sha256(f"{self.seed}/{task_id}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        return torch.rand(count, generator=generator, dtype=torch.float64)
+
+
+class RolloutEngine(Protocol):
+    """Generates responses with the weights it was last told to use."""
+
+    def use(self, policy: Policy, version: int) -> None:
+        """Answer as the student of this version (a step number), or as the base model."""
+        ...
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        """One response for each prompt, in their order."""
+        ...

@@ -1,0 +1,161 @@
+"""Batched sampling with transformers, from a merged copy of the student.
+
+The copy is plain (adapters merged into it) and in the run's dtype. A context that all prompts
+share is read once; rows that have finished leave the batch. Which tokens are drawn depends on
+the sampling seed and the task id, not on the batch.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from opcd.models import base_weights, causal_model, merged_weights, output_head
+from opcd.prefix_cache import SharedPrefix, forward_after_prefix, read_prefix, why_unsupported
+from opcd.rendering import common_prefix
+from opcd.rollouts.engine import Policy, Prompt, Sampling
+from opcd.types import Rollout
+
+MIN_PREFIX_TOKENS = 64
+"""A shared prefix shorter than this is read with each prompt."""
+
+
+class HFEngine:
+    """Generates with transformers on the device of the model it copies."""
+
+    def __init__(
+        self,
+        student: Any,
+        base: Any,
+        dtype: torch.dtype,
+        end_ids: frozenset[int],
+        batch_rows: int,
+    ) -> None:
+        """Make an empty copy of the student's architecture.
+
+        Args:
+            student: the model in training; `use` copies its weights, adapters merged.
+            base: the model it started from (the same object, if only an adapter is trained).
+            dtype: of the copy.
+            end_ids: tokens that end a response.
+            batch_rows: sequences decoded together.
+        """
+        self._student = student
+        self._base = base
+        self._end_ids = end_ids
+        self._batch_rows = batch_rows
+        self._loaded: tuple[Policy, int] | None = None
+        plain = causal_model(student)
+        self._copy = AutoModelForCausalLM.from_config(plain.config, dtype=dtype)
+        self._copy.to(plain.device).eval().requires_grad_(False)
+        self._head = output_head(self._copy)
+
+    @torch.no_grad()
+    def use(self, policy: Policy, version: int) -> None:
+        """Answer as the student of this version, or as the base model."""
+        if self._loaded == (policy, version):
+            return
+        student = policy == "student"
+        weights = merged_weights(self._student) if student else base_weights(self._base)
+        own = dict(self._copy.named_parameters())
+        for name, weight in weights:
+            own[name].copy_(weight)
+        self._loaded = (policy, version)
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        """One response for each prompt, in their order."""
+        assert self._loaded, "use() says with which weights to answer"
+        prefix = self._read_shared(prompts)
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
+        rollouts: dict[int, Rollout] = {}
+        for start in range(0, len(order), self._batch_rows):
+            part = order[start : start + self._batch_rows]
+            rows = [prompts[index] for index in part]
+            rollouts |= zip(part, self._decode(rows, prefix, sampling), strict=True)
+        return [rollouts[index] for index in range(len(prompts))]
+
+    def _read_shared(self, prompts: Sequence[Prompt]) -> SharedPrefix | None:
+        shared = common_prefix([prompt.ids for prompt in prompts])
+        if len(prompts) < 2 or shared < MIN_PREFIX_TOKENS or why_unsupported(self._copy, shared):
+            return None
+        return read_prefix(self._copy, prompts[0].ids[:shared])
+
+    def _decode(
+        self, prompts: Sequence[Prompt], prefix: SharedPrefix | None, sampling: Sampling
+    ) -> list[Rollout]:
+        cut = prefix.tokens if prefix else 0
+        ids_BS, mask_BS = _pad_left([prompt.ids[cut:] for prompt in prompts], self._copy.device)
+        most = max(prompt.max_new_tokens for prompt in prompts)
+        uniforms_BT = torch.stack([sampling.uniforms(prompt.task_id, most) for prompt in prompts])
+        responses: list[list[int]] = [[] for _ in prompts]
+        active = list(range(len(prompts)))
+        cache = DynamicCache(config=self._copy.config)
+        for step in range(most):
+            hidden_BD = self._advance(ids_BS, mask_BS, prefix, cache)
+            tokens_B = choose(self._head(hidden_BD), uniforms_BT[active, step], sampling)
+            tokens = tokens_B.tolist()
+            for row, token in zip(active, tokens, strict=True):
+                responses[row].append(token)
+            keep = [
+                i
+                for i, (row, token) in enumerate(zip(active, tokens, strict=True))
+                if token not in self._end_ids and step + 1 < prompts[row].max_new_tokens
+            ]
+            if not keep:
+                break
+            if len(keep) < len(active):
+                kept_B = torch.tensor(keep, device=ids_BS.device)
+                cache.batch_select_indices(kept_B)
+                mask_BS, tokens_B = mask_BS[kept_B], tokens_B[kept_B]
+                active = [active[i] for i in keep]
+            ids_BS = tokens_B.unsqueeze(-1)
+            mask_BS = torch.cat([mask_BS, torch.ones_like(ids_BS)], dim=-1)
+        return [
+            Rollout(prompt.task_id, tuple(response), finished=response[-1] in self._end_ids)
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+
+    def _advance(
+        self, ids_BS: Tensor, mask_BS: Tensor, prefix: SharedPrefix | None, cache: DynamicCache
+    ) -> Tensor:
+        """The hidden states at the last position of each row, `_BD`."""
+        if prefix:
+            return forward_after_prefix(self._copy, prefix, ids_BS, mask_BS, cache)[:, -1]
+        positions_BS = (mask_BS.cumsum(-1) - 1).clamp(min=0)[:, -ids_BS.shape[1] :]
+        decoder = self._copy.get_decoder()
+        return decoder(
+            input_ids=ids_BS,
+            attention_mask=mask_BS,
+            position_ids=positions_BS,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1]
+
+
+def choose(logits_BV: Tensor, uniforms_B: Tensor, sampling: Sampling) -> Tensor:
+    """The next token of each row: the likeliest, or the one that the uniform number falls on.
+
+    The inverse of the cumulative distribution, in float64, so that a draw is a function of its
+    number alone.
+    """
+    if sampling.temperature == 0.0:
+        return logits_BV.argmax(-1)
+    probs_BV = (logits_BV.double() / sampling.temperature).softmax(-1)
+    if sampling.top_p < 1.0:
+        sorted_BV, order_BV = probs_BV.sort(-1, descending=True)
+        # A token stays while the mass of those before it is below top_p: the first always does.
+        outside_BV = sorted_BV.cumsum(-1) - sorted_BV >= sampling.top_p
+        probs_BV = probs_BV.scatter(-1, order_BV, sorted_BV.masked_fill(outside_BV, 0.0))
+    cumulative_BV = probs_BV.cumsum(-1)
+    target_B1 = uniforms_B.to(cumulative_BV).unsqueeze(-1) * cumulative_BV[:, -1:]
+    return torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(-1)
+
+
+def _pad_left(rows: Sequence[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:
+    width = max(len(row) for row in rows)
+    ids = [(0,) * (width - len(row)) + row for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

@@ -1,0 +1,142 @@
+"""The folder of a run: what lies where, and who may write into it.
+
+runs/NAME/
+  config.json        the resolved run
+  metrics.jsonl      one object a step
+  validation.jsonl   one object a validation
+  rollouts.jsonl     a sample of the responses
+  checkpoints/       step-N folders, see opcd.checkpoint
+  best/              the weights chosen on validation
+  evaluation.json    what was measured on the test split
+  answers.jsonl      every graded answer of that measurement
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opcd.config import Run, dump_config, load_config
+from opcd.errors import RunFolderError
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved run."""
+        return self.path / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One object a step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def validation(self) -> Path:
+        """One object a validation."""
+        return self.path / "validation.jsonl"
+
+    @property
+    def rollouts(self) -> Path:
+        """A sample of the responses."""
+        return self.path / "rollouts.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Everything needed to go on."""
+        return self.path / "checkpoints"
+
+    @property
+    def best(self) -> Path:
+        """The weights chosen on validation."""
+        return self.path / "best"
+
+    @property
+    def evaluation(self) -> Path:
+        """What was measured on the test split."""
+        return self.path / "evaluation.json"
+
+    @property
+    def answers(self) -> Path:
+        """Every graded answer of that measurement."""
+        return self.path / "answers.jsonl"
+
+
+def create_run(config: Run, overwrite: bool = False) -> RunFolder:
+    """Make the folder of a new run.
+
+    Raises:
+        RunFolderError: it exists and may not be overwritten.
+    """
+    folder = RunFolder(config.out / config.name)
+    if folder.path.exists():
+        if not overwrite:
+            raise RunFolderError(
+                f"{folder.path} exists, and a run never overwrites another by itself; continue it "
+                "with --resume, replace it with --overwrite, or give name=... another value"
+            )
+        if not folder.config.is_file() and any(folder.path.iterdir()):
+            raise RunFolderError(
+                f"{folder.path} exists but is not a run (it has no config.json), so it is not "
+                "deleted; give name=... another value"
+            )
+        shutil.rmtree(folder.path)
+    folder.path.mkdir(parents=True)
+    write_text(folder.config, dump_config(config))
+    return folder
+
+
+def open_run(path: str | Path) -> tuple[RunFolder, Run]:
+    """The folder and the configuration of a run that was started before.
+
+    Raises:
+        RunFolderError: the path is not the folder of a run.
+    """
+    folder = RunFolder(Path(path))
+    if not folder.config.is_file():
+        raise RunFolderError(
+            f"{folder.path} is not a run: it has no config.json; give a folder that opcd train made"
+        )
+    return folder, load_config(folder.config)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or none: readers never see half of it."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add one line for each row."""
+    with path.open("a", encoding="utf-8") as stream:
+        for row in rows:
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file; a last line that was cut off by a crash is left out."""
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            yield json.loads(line)
+
+
+def rewind_jsonl(path: Path, steps: int) -> None:
+    """Drop the rows of steps from `steps` on, which a resumed run will write again."""
+    rows = [row for row in read_jsonl(path) if row["step"] < steps]
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,0 +1,54 @@
+"""Sums and seconds of one step, over all portions and processes."""
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+class Tally:
+    """Collects what a step counts and how long its parts take."""
+
+    def __init__(self) -> None:
+        """Start from nothing."""
+        self.sums: dict[str, float] = {}
+        self.seconds: dict[str, float] = dict.fromkeys(
+            ("wall_s", "rollout_s", "teacher_s", "train_s"), 0.0
+        )
+        self._gathered: set[str] = set()
+
+    def add(self, name: str, value: float) -> None:
+        """Add to a sum."""
+        self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def mean(self, name: str, count: str) -> float:
+        """One sum over another; 0 where nothing was counted."""
+        return self.sums.get(name, 0.0) / (self.sums.get(count, 0.0) or 1.0)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the seconds spent within."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - started
+
+    def gather(self, accelerator: Any) -> None:
+        """Turn the sums that are still this process's own into sums over all processes."""
+        names = sorted(self.sums.keys() - self._gathered)
+        own = torch.tensor([self.sums[n] for n in names], device=accelerator.device)
+        self.sums |= zip(names, accelerator.reduce(own, "sum").tolist(), strict=True)
+        self._gathered |= set(names)
+
+
+def peak_bytes() -> int:
+    """The most memory this process has held: resident on the CPU, allocated on a GPU."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    unit_bytes = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes

@@ -1,0 +1,208 @@
+"""Rows from files, data sets and functions become tasks; splits are made, mixed and checked.
+
+A row is `{"prompt": str | [messages], "answer"?, "context"?, "id"?}`. TRL's names are understood
+as well: `messages` for a conversation, `privileged_context` for the context. Knows nothing of
+tokens.
+"""
+
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, get_args
+
+from opcd.config.inputs import SPLITS, Generator, HubDataset, Jsonl, Source
+from opcd.config.inputs import Tasks as TasksConfig
+from opcd.errors import TaskError
+from opcd.targets import resolve
+from opcd.types import Message, Role, Task
+
+ALIASES = {"messages": "prompt", "privileged_context": "context"}
+
+
+def load_splits(config: TasksConfig, seed: int) -> dict[str, list[Task]]:
+    """All tasks of a run by split name, with the leak check done.
+
+    Raises:
+        TaskError: a row is malformed, a split is empty, or splits share a row or a group.
+    """
+    splits = {
+        name: mix(getattr(config, name), name, config.group_by, seed)
+        for name in SPLITS
+        if getattr(config, name)
+    }
+    for name, share in (("test", config.test_share), ("validation", config.validation_share)):
+        if share:
+            splits["train"], splits[name] = split_groups(splits["train"], share, seed)
+    check_leaks(splits)
+    return splits
+
+
+def mix(sources: Sequence[Source], split: str, group_by: str | None, seed: int) -> list[Task]:
+    """The tasks of several sources, one after the other, each cut to its `rows`."""
+    tasks: list[Task] = []
+    for number, source in enumerate(sources):
+        prefix = split if len(sources) == 1 else f"{split}.{number}"
+        rows = [
+            read_row(row, f"{prefix}-{index:05d}", f"{_name(source)}, row {index + 1}", group_by)
+            for index, row in enumerate(_read(source, seed))
+        ]
+        if source.rows is not None and len(rows) < source.rows:
+            raise TaskError(
+                f"{_name(source)} has {len(rows)} rows, but rows = {source.rows} are asked for; "
+                "lower the number or leave it out"
+            )
+        tasks += rows if source.rows is None else shuffle(rows, seed)[: source.rows]
+    if not tasks:
+        raise TaskError(f"tasks.{split} has no rows; put at least one in, or name another source")
+    _check_ids(tasks, split)
+    return tasks
+
+
+def read_row(row: Mapping[str, Any], task_id: str, where: str, group_by: str | None) -> Task:
+    """One row as a task.
+
+    Raises:
+        TaskError: there is no prompt, or it is not a text or a conversation ending with a user.
+    """
+    row = {ALIASES.get(key, key): value for key, value in row.items()}
+    if not row.get("prompt"):
+        raise TaskError(
+            f"{where}: no prompt; its columns are {sorted(row)}. Name the column "
+            '"prompt", or map it with columns = {prompt = "your name"}'
+        )
+    if group_by and row.get(group_by) is None:
+        raise TaskError(
+            f"{where}: no {group_by!r} column, but tasks.group_by asks for it; "
+            "add the column or leave group_by out"
+        )
+    context = row.get("context")
+    if context is not None and not isinstance(context, str):
+        raise TaskError(f"{where}: context is a {type(context).__name__}; it must be a text")
+    return Task(
+        id=str(row.get("id", task_id)),
+        messages=_read_messages(row["prompt"], where),
+        answer=row.get("answer"),
+        context=context,
+        group=f"{group_by}={row[group_by]}" if group_by else None,
+    )
+
+
+def shuffle(tasks: Sequence[Task], seed: int, epoch: int = 0) -> list[Task]:
+    """The tasks in an order that depends on seed and epoch alone."""
+    order = list(tasks)
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order
+
+
+def split_groups(tasks: Sequence[Task], share: float, seed: int) -> tuple[list[Task], list[Task]]:
+    """Take whole groups (rows, where there are no groups) away until `share` is reached."""
+    groups: dict[str, list[Task]] = {}
+    for task in shuffle(tasks, seed):
+        groups.setdefault(task.group or _text(task), []).append(task)
+    taken: list[Task] = []
+    while groups and len(taken) < share * len(tasks):
+        taken += groups.pop(next(iter(groups)))
+    kept = [task for group in groups.values() for task in group]
+    if not kept or not taken:
+        raise TaskError(
+            f"a share of {share} of {len(tasks)} rows in {len(groups)} groups leaves a split "
+            "empty; give more rows or smaller groups"
+        )
+    return kept, taken
+
+
+def draw(tasks: Sequence[Task], count: int, step: int, seed: int) -> list[Task]:
+    """The tasks of one step: every epoch is shuffled anew, and a step may span two.
+
+    A pure function of its arguments, so that a resumed run sees what it would have seen.
+    """
+    drawn: list[Task] = []
+    start = step * count
+    while len(drawn) < count:
+        epoch, offset = divmod(start + len(drawn), len(tasks))
+        drawn += shuffle(tasks, seed, epoch)[offset : offset + count - len(drawn)]
+    return drawn
+
+
+def check_leaks(splits: Mapping[str, Sequence[Task]]) -> None:
+    """Refuse splits that share a prompt (case and white space aside) or a group.
+
+    Raises:
+        TaskError: naming both rows.
+    """
+    seen: dict[str, tuple[str, str]] = {}
+    for split, tasks in splits.items():
+        for task in tasks:
+            keys = [f"prompt {_text(task)!r}"] + ([f"group {task.group!r}"] if task.group else [])
+            for key in keys:
+                other_split, other_id = seen.setdefault(key, (split, task.id))
+                if other_split != split:
+                    raise TaskError(
+                        f"{split} row {task.id!r} and {other_split} row {other_id!r} share the "
+                        f"{key[:120]}, so the result would be measured on what was trained on; "
+                        "remove one of the two rows"
+                    )
+
+
+def _read(source: Source, seed: int) -> Iterator[Mapping[str, Any]]:
+    match source:
+        case Jsonl():
+            rows: Iterable[Any] = _read_jsonl(source)
+        case HubDataset():
+            from datasets import load_dataset
+
+            rows = load_dataset(source.path, source.name, split=source.split)
+        case Generator():
+            yield from resolve(source.target)(seed=seed, **source.arguments)
+            return
+    names = {theirs: ours for ours, theirs in source.columns.items()}
+    for row in rows:
+        yield {names.get(key, key): value for key, value in row.items()}
+
+
+def _read_jsonl(source: Jsonl) -> Iterator[dict[str, Any]]:
+    with open(source.path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise TaskError(f"{source.path.name}, line {number}: not JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise TaskError(f"{source.path.name}, line {number}: not a JSON object")
+            yield row
+
+
+def _read_messages(prompt: Any, where: str) -> tuple[Message, ...]:
+    if isinstance(prompt, str):
+        return (Message("user", prompt),)
+    try:
+        messages = tuple(Message(turn["role"], turn["content"]) for turn in prompt)
+    except (TypeError, KeyError) as error:
+        raise TaskError(
+            f'{where}: prompt is neither a text nor a list of {{"role", "content"}} turns'
+        ) from error
+    roles = [message.role for message in messages]
+    if set(roles) - set(get_args(Role)) or "system" in roles[1:] or roles[-1] != "user":
+        raise TaskError(
+            f"{where}: the turns are {roles}; they must be system (first only), user and "
+            "assistant, and end with the user"
+        )
+    return messages
+
+
+def _check_ids(tasks: Sequence[Task], split: str) -> None:
+    seen: set[str] = set()
+    for task in tasks:
+        if task.id in seen:
+            raise TaskError(f"tasks.{split}: two rows have the id {task.id!r}; make ids unique")
+        seen.add(task.id)
+
+
+def _text(task: Task) -> str:
+    return " ".join(" ".join(m.content for m in task.messages).lower().split())
+
+
+def _name(source: Source) -> str:
+    return source.target if isinstance(source, Generator) else str(source.path).rsplit("/", 1)[-1]

@@ -1,0 +1,282 @@
+"""A training run from its first step to its last, or from where it was interrupted.
+
+Drives `opcd.distill`: validates, keeps the best weights, writes checkpoints, stops when asked to.
+"""
+
+import json
+import shutil
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import get_scheduler
+
+from opcd import checkpoint
+from opcd.assembly import Parts, assemble
+from opcd.config import Run, differences
+from opcd.distill import Answered, StepReport, Trainer, distill
+from opcd.errors import CheckpointError, ConfigError, RunFolderError
+from opcd.evaluation import validate
+from opcd.models import save_weights, trainable
+from opcd.runs import RunFolder, create_run, open_run, rewind_jsonl, write_json
+from opcd.tracking import Tracker
+
+FREE_TO_CHANGE = ("checkpoint.", "tracking.", "out")
+"""Keys that a resumed run may have other values for, since no result depends on them."""
+
+
+@dataclass
+class Interruption:
+    """Whether somebody asked the run to stop, by Ctrl-C or SIGTERM."""
+
+    signals: list[int] = field(default_factory=list)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the signals as requests to stop after the step; a second one stops at once."""
+        before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, _: Any) -> None:
+        if self.signals:
+            raise KeyboardInterrupt
+        self.signals.append(number)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a training run ended."""
+
+    folder: RunFolder
+    steps: int
+    """Steps done in all."""
+    best: dict[str, Any]
+    """Which step was chosen, by what."""
+    interrupted_by: int | None
+    """The signal that stopped it early."""
+
+
+def train(config: Run, resume: bool = False, overwrite: bool = False) -> Outcome:
+    """Train a run, validate it on the way, and keep its best weights in `best/`.
+
+    Args:
+        config: the run.
+        resume: go on from the run's newest checkpoint, bitwise on a CPU.
+        overwrite: delete an earlier run of this name.
+
+    Raises:
+        InputError: something is wrong with the input; nothing was started.
+        RunError: training failed; its checkpoints are kept.
+    """
+    if not resume and (config.out / config.name).exists() and not overwrite:
+        create_run(config)
+    parts = assemble(config)
+    folder = check_resumable(config) if resume else create_run(config, overwrite)
+    trainer, best = prepare(parts), {}
+    if resume:
+        best = restore(parts, trainer, folder)
+    interruption = Interruption()
+    with Tracker(config, folder, parts.accelerator) as tracker, interruption.listening():
+        for note in parts.notes:
+            tracker.say(note)
+        for report in distill(parts, trainer):
+            tracker.step(report.metrics, sample_rollouts(parts, report))
+            stop = bool(interruption.signals)
+            if due(trainer.step, config.evaluation.every_steps, config.steps):
+                best = choose_best(parts, trainer.step, best, folder, tracker)
+            if stop or due(trainer.step, config.checkpoint.every_steps, config.steps):
+                write_checkpoint(parts, trainer, best, folder)
+            if stop:
+                break
+    stopped_by = interruption.signals[0] if interruption.signals else None
+    return Outcome(folder, trainer.step, best, stopped_by)
+
+
+def due(done: int, every: int, last: int) -> bool:
+    """Whether something that happens every so many steps, and at the end, happens now."""
+    return done % every == 0 or done == last
+
+
+def prepare(parts: Parts) -> Trainer:
+    """Optimiser and schedule, with everything handed to accelerate.
+
+    Raises:
+        ConfigError: transformers has no schedule of that name.
+    """
+    config = parts.config.optimizer
+    optimizer = torch.optim.AdamW(
+        list(trainable(parts.student).values()),
+        lr=config.lr,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+    )
+    try:
+        scheduler = get_scheduler(
+            config.schedule, optimizer, config.warmup_steps, parts.config.steps
+        )
+    except ValueError as error:
+        raise ConfigError(f"optimizer.schedule = {config.schedule!r}: {error}") from error
+    parts.distiller, prepared = parts.accelerator.prepare(parts.distiller, optimizer)
+    return Trainer(prepared, scheduler)
+
+
+def choose_best(
+    parts: Parts, done: int, best: dict[str, Any], folder: RunFolder, tracker: Tracker
+) -> dict[str, Any]:
+    """Validate, and keep these weights if they are the best so far.
+
+    Best is the highest `evaluation.select_by`, then the lowest KL to the teacher. Without a
+    validation split, the last step is kept, and said to be no choice.
+
+    Raises:
+        ConfigError: the grader has no such metric.
+    """
+    if "validation" not in parts.items:
+        found: dict[str, Any] = {"step": done, "chosen_by": "last step, no validation split"}
+    else:
+        metrics = validate(parts, done - 1)
+        tracker.validated(metrics)
+        name = parts.config.evaluation.select_by if parts.grader else "kl_nats_per_token"
+        if name not in metrics:
+            raise ConfigError(
+                f"evaluation.select_by = {name!r} is no metric of the grader; it has "
+                f"{sorted(metrics.keys() - {'step'})}"
+            )
+        found = {**metrics, "step": done, "chosen_by": name}
+        if best and _rank(found, name) <= _rank(best, name):
+            return best
+    if parts.accelerator.is_main_process:
+        _keep_weights(parts, folder.best, found)
+    return found
+
+
+def write_checkpoint(
+    parts: Parts, trainer: Trainer, best: dict[str, Any], folder: RunFolder
+) -> None:
+    """Save everything that a bitwise resume needs.
+
+    Raises:
+        CheckpointError: it could not be written.
+    """
+    optimizer, groups = checkpoint.pack_optimizer(trainer.optimizer)
+    snapshot = checkpoint.Snapshot(
+        trainer.step,
+        {
+            "model": trainable(parts.student),
+            "optimizer": optimizer,
+            "teacher": parts.teacher.state(),
+            "random": checkpoint.random_state(),
+        },
+        {
+            "optimizer_groups": groups,
+            "scheduler": trainer.scheduler.state_dict(),
+            "skipped_steps": trainer.skipped_steps,
+            "best": best,
+        },
+    )
+    if parts.accelerator.is_main_process:
+        checkpoint.save(folder.checkpoints, snapshot, parts.config.checkpoint.keep)
+
+
+def restore(parts: Parts, trainer: Trainer, folder: RunFolder) -> dict[str, Any]:
+    """Put everything back as the newest checkpoint has it; returns the best so far.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be trusted.
+    """
+    snapshot = checkpoint.load(checkpoint.latest(folder.checkpoints))
+    own = trainable(parts.student)
+    if own.keys() != snapshot.tensors["model"].keys():
+        raise CheckpointError(
+            f"step-{snapshot.step} holds other weights than the run trains; it is not its own"
+        )
+    with torch.no_grad():
+        for name, weight in snapshot.tensors["model"].items():
+            own[name].copy_(weight)
+    groups = snapshot.facts["optimizer_groups"]
+    checkpoint.unpack_optimizer(trainer.optimizer, snapshot.tensors["optimizer"], groups)
+    trainer.scheduler.load_state_dict(snapshot.facts["scheduler"])
+    parts.teacher.load_state(dict(snapshot.tensors["teacher"]))
+    checkpoint.restore_random(snapshot.tensors["random"])
+    trainer.step, trainer.skipped_steps = snapshot.step, snapshot.facts["skipped_steps"]
+    for path in (folder.metrics, folder.rollouts, folder.validation):
+        rewind_jsonl(path, snapshot.step)
+    return dict(snapshot.facts["best"])
+
+
+def check_resumable(config: Run) -> RunFolder:
+    """The folder of the run to go on with.
+
+    Raises:
+        RunFolderError: there is none, or it was started with other values.
+    """
+    folder, started_as = open_run(config.out / config.name)
+    changed = [d for d in differences(started_as, config) if not d.startswith(FREE_TO_CHANGE)]
+    if changed:
+        raise RunFolderError(
+            f"{folder.path} was started with other values:\n  " + "\n  ".join(changed) + "\n"
+            "Put them back to resume, or start anew under another name"
+        )
+    return folder
+
+
+def sample_rollouts(parts: Parts, report: StepReport) -> list[dict[str, Any]]:
+    """The first responses of a step, as text for people."""
+    count = parts.config.tracking.rollouts_per_step
+    tasks = [a for a in report.answered if a.pair.origin == "task"][:count]
+    anchors = [a for a in report.answered if a.pair.origin == "anchor"][:count]
+    return [_rollout_row(parts, report.metrics["step"], a) for a in (*tasks, *anchors)]
+
+
+def _rollout_row(parts: Parts, step: int, answered: Answered) -> dict[str, Any]:
+    return {
+        "step": step,
+        "id": answered.rollout.task_id,
+        "origin": answered.pair.origin,
+        "prompt": parts.renderer.decode(answered.pair.student_ids),
+        "response": parts.renderer.decode(answered.rollout.response_ids),
+        "finished": answered.rollout.finished,
+    }
+
+
+def _rank(metrics: dict[str, Any], name: str) -> Sequence[float]:
+    kl_nats = metrics["kl_nats_per_token"]
+    return (-kl_nats,) if name == "kl_nats_per_token" else (metrics[name], -kl_nats)
+
+
+def _keep_weights(parts: Parts, target: Path, found: dict[str, Any]) -> None:
+    draft = target.with_name(".best")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        save_weights(parts.student, draft)
+        write_json(draft / "best.json", found)
+    except OSError as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise CheckpointError(
+            f"best/ could not be written ({error}); the one from before is kept. Free space on "
+            "the disk, then continue with --resume"
+        ) from error
+    shutil.rmtree(target, ignore_errors=True)
+    draft.rename(target)
+
+
+def read_best(folder: RunFolder) -> dict[str, Any]:
+    """Which step `best/` holds, and why.
+
+    Raises:
+        RunFolderError: the run has not come so far.
+    """
+    file = folder.best / "best.json"
+    if not file.is_file():
+        raise RunFolderError(
+            f"{folder.path} has no best/ yet; train it to its first validation with opcd train"
+        )
+    return json.loads(file.read_text(encoding="utf-8"))
