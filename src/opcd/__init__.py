@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from opcd.assembly import Parts, assemble
     from opcd.checking import check_run
     from opcd.config import Run, load_config
-    from opcd.distill import StepReport, Trainer, distill
-    from opcd.divergence import divergence, token_stats
+    from opcd.distill import StepReport, Trainer
+    from opcd.divergence import token_stats
     from opcd.errors import OpcdError
     from opcd.evaluation import Evaluation, evaluate
     from opcd.exporting import export_run
@@ -49,8 +49,6 @@ HOMES = {
     "Trainer": "distill",
     "assemble": "assembly",
     "check_run": "checking",
-    "distill": "distill",
-    "divergence": "divergence",
     "evaluate": "evaluation",
     "evaluate_run": "programs",
     "export_run": "exporting",
@@ -83,8 +81,6 @@ __all__ = [
     "Trainer",
     "assemble",
     "check_run",
-    "distill",
-    "divergence",
     "evaluate",
     "evaluate_run",
     "export_run",
