@@ -118,9 +118,11 @@ def check_runnable(config: Run) -> None:
     Raises:
         ConfigError: naming the keys.
     """
-    if config.rollout.teacher_fraction and config.teacher.type not in ("adapter_off", "frozen"):
+    warmup = config.loss.warmup
+    answers = config.rollout.teacher_fraction or (warmup and warmup.teacher_fraction)
+    if answers and config.teacher.type not in ("adapter_off", "frozen"):
         raise ConfigError(
-            f"rollout.teacher_fraction = {config.rollout.teacher_fraction} lets the teacher "
+            f"teacher_fraction = {answers} (of rollout or loss.warmup) lets the teacher "
             f"answer, but teacher.type = {config.teacher.type!r} has no weights of its own to "
             'answer with; write teacher.type = "adapter_off" or "frozen"'
         )

@@ -75,9 +75,8 @@ def train(
         console.print(f"stopped after step {outcome.steps}; continue with --resume")
         raise typer.Exit(128 + outcome.interrupted_by)
     best = ", ".join(f"{k} {v:.3g}" for k, v in outcome.best.items() if isinstance(v, float))
-    console.print(
-        f"{outcome.folder.path}: {outcome.steps} steps; best is step {outcome.best['step']} ({best})"
-    )
+    console.print(f"{outcome.folder.path}: {outcome.steps} steps done")
+    console.print(f"best is step {outcome.best['step']}: {best}", highlight=False)
 
 
 @app.command()

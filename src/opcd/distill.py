@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from opcd.divergence import TokenStats
 from opcd.errors import DivergedError, RolloutError
 from opcd.models import trainable
 from opcd.rollouts.engine import Prompt, RolloutEngine, Sampling
-from opcd.tally import Tally, peak_bytes
+from opcd.tally import Tally, peak_bytes, release_memory
 from opcd.tasks import draw
 from opcd.types import PromptPair, Rollout
 
@@ -74,13 +75,14 @@ def distill(parts: Parts, trainer: Trainer) -> Iterator[StepReport]:
             accumulate(parts, answered, loss, tally)
             with tally.timed("train_s"):
                 lr = update(parts, trainer, tally)
+                release_memory()
         yield StepReport(summarise(trainer, tally, loss.direction, lr), answered)
 
 
 def roll_out(parts: Parts, step: int) -> list[Answered]:
     """Draw this process's tasks and anchors of a step, and have them answered.
 
-    The first `rollout.teacher_fraction` of the tasks is answered by the teacher with the context
+    The first `teacher_fraction` of the tasks is answered by the teacher with the context
     (off-policy), the rest and all anchors by the student.
     """
     config, seed = parts.config, f"{parts.config.seed}/{step}"
@@ -88,7 +90,7 @@ def roll_out(parts: Parts, step: int) -> list[Answered]:
     items = draw(parts.items["train"], config.tasks_per_step, step, config.seed)[mine]
     anchors = parts.render_anchors(parts.anchors.draw(config.anchors_per_step, seed)[mine])
     pairs = [item.pair for item in items]
-    cut = round(len(pairs) * config.rollout.teacher_fraction)
+    cut = round(len(pairs) * teacher_fraction_at(config, step))
     sampling = Sampling(config.rollout.temperature, config.rollout.top_p, seed)
     answered: list[Answered] = []
     if cut:
@@ -137,6 +139,13 @@ def count_rollouts(parts: Parts, answered: Sequence[Answered], tally: Tally) -> 
         )
 
 
+def teacher_fraction_at(config: Run, step: int) -> float:
+    """The share of a step's tasks that the teacher answers."""
+    warmup = config.loss.warmup
+    warm = warmup is not None and step < warmup.steps
+    return warmup.teacher_fraction if warm else config.rollout.teacher_fraction
+
+
 def loss_at(loss: Loss, step: int) -> Loss:
     """The loss of a step: with the direction of the warm-up while that lasts."""
     if loss.warmup and step < loss.warmup.steps:
@@ -175,12 +184,14 @@ def accumulate(parts: Parts, answered: Sequence[Answered], loss: Loss, tally: Ta
 
 
 def cut_portions(answered: Sequence[Answered], rows: int) -> list[list[Answered]]:
-    """At most `rows` at a time, tasks and anchors apart, and of similar length."""
+    """At most `rows` at a time and equally many, tasks and anchors apart, of similar length."""
     portions: list[list[Answered]] = []
     for origin in ("task", "anchor"):
         same = [a for a in answered if a.pair.origin == origin]
         same.sort(key=lambda a: len(a.pair.student_ids) + len(a.rollout.response_ids))
-        portions += [same[start : start + rows] for start in range(0, len(same), rows)]
+        count = math.ceil(len(same) / rows)
+        bounds = [round(part * len(same) / max(count, 1)) for part in range(count + 1)]
+        portions += [same[start:end] for start, end in pairwise(bounds)]
     return portions
 
 

@@ -69,11 +69,14 @@ def tune(model: Any, tuning: Lora | Full, seed: int) -> Any:
     if isinstance(tuning, Full):
         return model.requires_grad_(True)
     targets = tuning.targets if isinstance(tuning.targets, str) else list(tuning.targets)
+    layers = model.config.get_text_config().num_hidden_layers
+    left_out = "|".join(map(str, range(layers - (tuning.last_layers or layers))))
     lora = LoraConfig(
         r=tuning.rank,
         lora_alpha=tuning.alpha,
         lora_dropout=tuning.dropout,
         target_modules=targets,
+        exclude_modules=rf".*\.layers\.({left_out})\..*" if left_out else None,
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]):

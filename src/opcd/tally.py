@@ -1,5 +1,7 @@
 """Sums and seconds of one step, over all portions and processes."""
 
+import contextlib
+import ctypes
 import resource
 import sys
 import time
@@ -44,6 +46,16 @@ class Tally:
         own = torch.tensor([self.sums[n] for n in names], device=accelerator.device)
         self.sums |= zip(names, accelerator.reduce(own, "sum").tolist(), strict=True)
         self._gathered |= set(names)
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system, where the C library keeps it (glibc does).
+
+    Every step has tensors of other sizes, so what is kept is seldom reused: without this a run's
+    resident memory grows by a quarter in thirty steps.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_bytes() -> int:

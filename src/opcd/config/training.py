@@ -1,9 +1,10 @@
 """How a run is trained and measured: student, rollouts, loss, teacher, steps, anchors."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from opcd.config.section import Count, Positive, Section, Share
 
@@ -19,6 +20,9 @@ class Lora(Section):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     targets: str | tuple[str, ...] = "all-linear"
     """`all-linear`, or the names of the modules to adapt."""
+    last_layers: Count | None = None
+    """Adapt only this many of the last layers: the backward pass, and what it has to remember,
+    ends where they begin."""
 
 
 class Full(Section):
@@ -40,6 +44,11 @@ class Model(Section):
     """`auto`, `cpu`, `mps` or `cuda`; a launched process keeps the device it was given."""
     tuning: Annotated[Lora | Full, Field(discriminator="type")] = Lora()
     gradient_checkpointing: bool = False
+
+    @field_validator("tuning", mode="before")
+    @classmethod
+    def _tuning_is_lora_unless_said(cls, value: Any) -> Any:
+        return {"type": "lora", **value} if isinstance(value, Mapping) else value
 
 
 class Rendering(Section):
@@ -92,10 +101,13 @@ class Sampled(Section):
 
 
 class Warmup(Section):
-    """Another direction for the first steps."""
+    """The first steps: another direction, and answers of the teacher's to start from."""
 
     direction: Direction = "forward_kl"
     steps: Count = 16
+    teacher_fraction: Share = 0.0
+    """`rollout.teacher_fraction` of these steps. Where the student gives the teacher's opening
+    almost no mass, its own answers show one token more of it every few steps."""
 
 
 class Loss(Section):
@@ -189,7 +201,7 @@ class Batch(Section):
 
     prompts_per_step: Count = 18
     """Tasks and anchors together."""
-    rows_per_forward: Count = 12
+    rows_per_forward: Count = 16
     """Sequences in one forward and backward pass; gradients accumulate over the rest."""
 
 

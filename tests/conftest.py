@@ -1,0 +1,22 @@
+"""What many tests share."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+from worlds import tiny_llama, tokenizer
+
+torch.set_num_threads(1)
+settings.register_profile("opcd", derandomize=True, database=None, deadline=None)
+settings.load_profile("opcd")
+
+
+@pytest.fixture(scope="session")
+def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny random Llama and its tokenizer, as transformers writes them."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    tiny_llama().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder

@@ -1,0 +1,166 @@
+"""The command line: what it prints, and with which code it ends."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from opcd import cli
+from worlds import write_run
+
+Opcd = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def opcd(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Opcd:
+    """The command in this process, in a folder of its own: exit code, output, errors."""
+    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(name, "1" if "DISABLE" in name else "error")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(cli, "console", cli.Console(width=200))
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["opcd", *map(str, arguments)])
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+            raise SystemExit(0)
+        found = capsys.readouterr()
+        code = done.value.code
+        return (code if isinstance(code, int) else 0), found.out, found.err
+
+    return run
+
+
+def test_help_names_the_verbs(opcd: Opcd) -> None:
+    code, out, _ = opcd("--help")
+    assert code == 0
+    assert all(verb in out for verb in ("check", "train", "evaluate", "sample", "export"))
+
+
+@pytest.mark.parametrize("verb", ["check", "train", "evaluate", "sample", "export"])
+def test_every_verb_explains_itself(opcd: Opcd, verb: str) -> None:
+    code, out, _ = opcd(verb, "--help")
+    assert code == 0
+    assert "Usage" in out
+
+
+def test_check_says_what_would_be_run(opcd: Opcd, tmp_path: Path) -> None:
+    path = write_run(tmp_path / "recipe")
+    code, out, err = opcd("check", path)
+    assert (code, err) == (0, "")
+    assert "run desk: 4 steps of 12 tasks and 6 anchors" in out
+    assert "tasks: 8 train, 3 validation, 3 test" in out
+    assert "is a run that can be started" in out
+
+
+def test_check_takes_overrides(opcd: Opcd, tmp_path: Path) -> None:
+    code, out, _ = opcd("check", write_run(tmp_path / "recipe"), "steps=9", "name=other")
+    assert code == 0
+    assert "run other: 9 steps" in out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warning"),
+    [
+        (["loss.support={type='top_k', tail='drop'}"], "tail = 'drop' is no divergence"),
+        (["teacher={type='live'}"], "a live teacher moves with the student"),
+        (["rollout.teacher_fraction=1.0"], "classic off-policy distillation takes loss.direction"),
+    ],
+)
+def test_check_warns_of_what_is_known_to_go_wrong(
+    opcd: Opcd, tmp_path: Path, overrides: list[str], warning: str
+) -> None:
+    code, out, _ = opcd("check", write_run(tmp_path / "recipe"), *overrides)
+    assert code == 0
+    assert f"warning: {warning}" in out
+
+
+def test_check_warns_where_nothing_chooses_the_best_step(opcd: Opcd, tmp_path: Path) -> None:
+    path = write_run(tmp_path / "recipe")
+    path.write_text(path.read_text().replace('validation = "validation.jsonl"', ""))
+    assert "warning: no validation split" in opcd("check", path)[1]
+    assert "warning" not in opcd("check", path, "tasks.validation_share=0.5")[1]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stepz=3", "ConfigError: run.toml:\n  stepz: there is no such key"),
+        ("teacher={type='ema', decay=1.5}", "teacher.ema.decay = 1.5: Input should be less than 1"),
+        ("context.path=none.md", "ContextError: context.path = 'none.md': there is no such file"),
+        ("tasks.test=none.jsonl", "TaskError: tasks.test.0.path = 'none.jsonl'"),
+        ("anchor.path=none.json", "TaskError: anchor.path = 'none.json': there is no such file"),
+        ("grader={type='function', target='a'}", "ConfigError: target = 'a' names no function"),
+        ("context={type='column'}", "ContextError: row 'train-00000' has no context"),
+    ],
+)
+def test_wrong_input_ends_with_2_and_a_message(
+    opcd: Opcd, tmp_path: Path, override: str, message: str
+) -> None:
+    code, out, err = opcd("check", write_run(tmp_path / "recipe"), override)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_a_shared_row_ends_with_2(opcd: Opcd, tmp_path: Path) -> None:
+    path = write_run(tmp_path / "recipe")
+    with (path.parent / "test.jsonl").open("a") as stream:
+        stream.write('{"prompt": "Train  question 0?", "answer": "x", "id": "copy"}\n')
+    code, _, err = opcd("check", path)
+    assert code == 2
+    assert "TaskError: test row 'copy' and train row 'train-00000' share the prompt" in err
+
+
+@pytest.mark.parametrize("verb", ["check", "train"])
+def test_a_missing_file_ends_with_2(opcd: Opcd, verb: str) -> None:
+    code, _, err = opcd(verb, "none.toml")
+    assert code == 2
+    assert "ConfigError: 'none.toml': there is no such file" in err
+
+
+@pytest.mark.parametrize("verb", [["evaluate"], ["sample", "hi"], ["export", "there"]])
+def test_what_is_no_run_ends_with_2(opcd: Opcd, tmp_path: Path, verb: list[str]) -> None:
+    code, _, err = opcd(verb[0], tmp_path, *verb[1:])
+    assert code == 2
+    assert "is not a run: it has no config.json" in err
+
+
+def test_an_existing_run_is_left_alone(opcd: Opcd, tmp_path: Path) -> None:
+    """Said before any model is loaded."""
+    path = write_run(tmp_path / "recipe")
+    earlier = tmp_path / "runs" / "desk" / "evaluation.json"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("results")
+    code, _, err = opcd("train", path)
+    assert code == 2
+    assert "RunFolderError: runs/desk exists" in err
+    assert "--overwrite" in err
+    assert earlier.read_text() == "results"
+
+
+def test_messages_are_not_read_as_markup(opcd: Opcd, tmp_path: Path) -> None:
+    """Rich would swallow `[grader]`, the very table a message tells to remove."""
+    path = write_run(tmp_path / "recipe")
+    with (path.parent / "test.jsonl").open("a") as stream:
+        stream.write('{"prompt": "new?"}\n')
+    code, _, err = opcd("check", path)
+    assert code == 2
+    assert "remove [grader]" in err
+
+
+@pytest.mark.xfail(strict=True, reason="the empty response is no JSON: the answer is not looked at")
+def test_check_finds_a_row_without_an_answer_for_a_json_grader(opcd: Opcd, tmp_path: Path) -> None:
+    path = write_run(tmp_path / "recipe")
+    with (path.parent / "test.jsonl").open("a") as stream:
+        stream.write('{"prompt": "new?"}\n')
+    code, _, err = opcd("check", path, "grader={type='json', keys={a=['b']}}")
+    assert (code, "has no answer" in err) == (2, True)
+
+
+def test_an_unknown_verb_ends_with_2(opcd: Opcd) -> None:
+    assert opcd("bake")[0] == 2

@@ -1,0 +1,294 @@
+"""`opcd.distill`: one step is what the paper's formula says, and it learns."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from opcd.assembly import Parts, assemble
+from opcd.config.training import Loss, Warmup
+from opcd.distill import (
+    Answered,
+    Trainer,
+    accumulate,
+    count_rollouts,
+    cut_portions,
+    distill,
+    loss_at,
+    roll_out,
+)
+from opcd.errors import ConfigError, DivergedError, RolloutError
+from opcd.models import adapter_off, trainable
+from opcd.rollouts.engine import Prompt
+from opcd.rollouts.scripted import ScriptedEngine
+from opcd.tally import Tally
+from opcd.training import prepare
+from opcd.types import PromptPair, Rollout
+from tiny import make_run, nudge, parts_of, reverse_kl, scripted
+from worlds import tiny_llama, tokenizer
+
+PLAIN = ("optimizer.schedule=constant", "optimizer.warmup_steps=0", "optimizer.lr=0.01")
+LORA = ('model.tuning={type="lora", rank=4}', *PLAIN)
+FULL = ('model.tuning={type="full"}', 'teacher={type="frozen"}', *PLAIN)
+
+
+def started(tmp_path: Path, model: Path, *overrides: str) -> tuple[Parts, Trainer]:
+    """Scripted parts whose student has left its base already."""
+    parts = parts_of(make_run(tmp_path, model, *(overrides or LORA)))
+    nudge(parts.student)
+    return parts, prepare(parts)
+
+
+def copies(model: Any) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in trainable(model).items()}
+
+
+def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
+    return max((before[name] - after[name]).abs().max().item() for name in before)
+
+
+def dense_kl(student: Any, teacher: Any, answered: Answered, lora: bool) -> Tensor:
+    """`_T`: the reverse KL of one response from full logits, by transformers alone."""
+    pair, response = answered.pair, answered.rollout.response_ids
+    sides = []
+    for model, prompt in ((student, pair.student_ids), (teacher, pair.teacher_ids)):
+        ids_1S = torch.tensor([[*prompt, *response]])
+        logits_SV = model(input_ids=ids_1S, use_cache=False).logits[0]
+        sides.append(logits_SV[len(prompt) - 1 : -1].log_softmax(-1))
+        if lora:
+            student.disable_adapter_layers()
+    if lora:
+        student.enable_adapter_layers()
+    return reverse_kl(sides[0], sides[1].detach())
+
+
+@pytest.mark.parametrize("reduction", ["sequence", "token"])
+@pytest.mark.parametrize("tuning", [LORA, FULL], ids=["lora", "full"])
+def test_one_step_equals_a_step_written_by_hand(
+    tiny_model_path: Path, tmp_path: Path, reduction: str, tuning: tuple[str, ...]
+) -> None:
+    """Loss, gradient norm and weights after AdamW, with tasks and anchors in it."""
+    overrides = (*tuning, f"loss.reduction={reduction}")
+    by_hand, _ = started(tmp_path / "hand", tiny_model_path, *overrides)
+    answered = roll_out(by_hand, 0)
+    student, teacher, lora = by_hand.student, by_hand.base.model, tuning is LORA
+    each = [dense_kl(student, teacher, a, lora) for a in answered]
+    per_token = torch.cat(each).mean()
+    loss = per_token if reduction == "token" else torch.stack([kl.mean() for kl in each]).mean()
+    loss.backward()
+    weights = list(trainable(student).values())
+    norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
+    torch.optim.AdamW(weights, lr=0.01, weight_decay=0.0).step()
+
+    parts, trainer = started(tmp_path / "library", tiny_model_path, *overrides)
+    before = copies(parts.student)
+    report = next(distill(parts, trainer))
+    assert len({len(a.rollout.response_ids) for a in answered}) > 1, "both reductions differ"
+    assert report.metrics["loss_nats"] == pytest.approx(loss.item(), rel=1e-4)
+    assert report.metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+    assert moved(before, copies(parts.student)) > 1e-3
+    # Adam divides by |gradient|, so where that is all but zero its rounding shows in a few weights.
+    after, by_hand_after = copies(parts.student), copies(student)
+    apart = torch.cat([(after[name] - by_hand_after[name]).flatten() for name in after]).abs()
+    assert apart.mean() < 1e-5 and (apart > 1e-4).double().mean() < 1e-2
+
+
+def gradients(parts: Parts, tally: Tally) -> dict[str, Tensor]:
+    """What a step accumulates before it moves anything."""
+    answered = roll_out(parts, 0)
+    count_rollouts(parts, answered, tally)
+    accumulate(parts, answered, parts.config.loss, tally)
+    found = {name: p.grad for name, p in trainable(parts.student).items()}
+    return {name: gradient for name, gradient in found.items() if gradient is not None}
+
+
+def test_portions_change_nothing(tiny_model_path: Path, tmp_path: Path) -> None:
+    """rows_per_forward = 1 or 2 accumulates what one forward pass computes."""
+    sums, grads = [], []
+    for rows in (1, 2, 100):
+        overrides = (*LORA, f"batch.rows_per_forward={rows}")
+        parts, _ = started(tmp_path / str(rows), tiny_model_path, *overrides)
+        tally = Tally()
+        grads.append(gradients(parts, tally))
+        sums.append(tally.sums)
+    assert len(grads[2]) == len(trainable(parts.student))
+    assert sums[0] == pytest.approx(sums[2], rel=1e-5)
+    assert sums[1] == pytest.approx(sums[2], rel=1e-5)
+    for name, whole in grads[2].items():
+        torch.testing.assert_close(grads[0][name], whole, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(grads[1][name], whole, rtol=1e-4, atol=1e-6)
+
+
+def test_portions_hold_one_origin_and_lose_nobody() -> None:
+    origins = ("task", "anchor", "task", "task", "anchor")
+    answered = [
+        Answered(PromptPair(str(i), (1,) * (9 - i), (1,), origin), Rollout(str(i), (1,), True))
+        for i, origin in enumerate(origins)
+    ]
+    portions = cut_portions(answered, 2)
+    assert [[a.rollout.task_id for a in portion] for portion in portions] == [
+        ["3", "2"],
+        ["0"],
+        ["4", "1"],
+    ]
+
+
+def test_warmup_gives_the_first_steps_another_direction(
+    tiny_model_path: Path, tmp_path: Path
+) -> None:
+    loss = Loss(warmup=Warmup(direction="jsd", steps=2), temperature=0.5)
+    assert [loss_at(loss, step).direction for step in range(4)] == ["jsd"] * 2 + ["reverse_kl"] * 2
+    assert loss_at(loss, 0).temperature == 0.5
+    warmup = 'loss.warmup={direction="forward_kl", steps=2}'
+    parts, trainer = started(tmp_path, tiny_model_path, *LORA, warmup)
+    reports = [report.metrics for report in distill(parts, trainer)]
+    assert [r["direction"] for r in reports] == ["forward_kl"] * 2 + ["reverse_kl"] * 2
+    assert [r["step"] for r in reports] == [0, 1, 2, 3]
+    assert reports[0]["loss_nats"] != pytest.approx(reports[0]["kl_nats_per_token"], rel=1e-3)
+
+
+def test_an_anchors_teacher_is_the_base_with_the_same_prompt(
+    tiny_model_path: Path, tmp_path: Path
+) -> None:
+    """Whatever the tasks' teacher is: here it moves, and the anchors' KL is still to the base."""
+    parts, trainer = started(tmp_path, tiny_model_path, *LORA, 'teacher={type="live"}')
+    anchors = [a for a in roll_out(parts, 0) if a.pair.origin == "anchor"]
+    assert anchors and all(a.pair.student_ids == a.pair.teacher_ids for a in anchors)
+    assert all(len(a.rollout.response_ids) <= 4 for a in anchors), "anchor.max_new_tokens"
+    wanted = torch.cat([dense_kl(parts.student, parts.student, a, lora=True) for a in anchors])
+    metrics = next(distill(parts, trainer)).metrics
+    assert metrics["anchor_kl_nats_per_token"] == pytest.approx(wanted.mean().item(), rel=1e-4)
+    assert metrics["anchor_kl_nats_per_token"] > 1e-3
+
+
+def test_a_share_of_the_tasks_is_answered_by_the_teacher_with_the_context(
+    tiny_model_path: Path, tmp_path: Path
+) -> None:
+    """Off-policy rows are asked under "base" with the teacher's prompt, the rest as ever."""
+    overrides = (*LORA, "rollout.teacher_fraction=0.67")
+    parts, _ = started(tmp_path, tiny_model_path, *overrides)
+    seen: dict[str, tuple[str, tuple[int, ...]]] = {}
+
+    def script(policy: str, prompt: Prompt) -> tuple[int, ...]:
+        seen[prompt.task_id] = (policy, prompt.ids)
+        return scripted(policy, prompt)
+
+    parts.engine = parts.teacher_engine = ScriptedEngine(script)
+    pairs = [answered.pair for answered in roll_out(parts, 0)]
+    policies = [seen[pair.task_id][0] for pair in pairs]
+    assert policies == ["base", "base", "student", "student"]
+    assert [pair.origin for pair in pairs] == ["task", "task", "task", "anchor"]
+    for pair in pairs:
+        policy, ids = seen[pair.task_id]
+        assert ids == (pair.teacher_ids if policy == "base" else pair.student_ids)
+
+
+def test_a_moving_teacher_cannot_answer(tiny_model_path: Path, tmp_path: Path) -> None:
+    overrides = ('teacher={type="ema"}', "rollout.teacher_fraction=0.5")
+    with pytest.raises(ConfigError, match=r"teacher_fraction = 0.5 .*teacher.type = 'ema'"):
+        assemble(make_run(tmp_path, tiny_model_path, *overrides))
+
+
+def break_teacher(parts: Parts) -> Iterator[None]:
+    """The teacher's logits are not finite until the iterator goes on."""
+    head = parts.teacher.head
+    parts.teacher.head = lambda hidden_CD: head(hidden_CD) * math.nan
+    yield
+    parts.teacher.head = head
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler")
+def test_a_step_that_is_not_finite_is_skipped_and_counted(
+    tiny_model_path: Path, tmp_path: Path
+) -> None:
+    """Weights, moments and the moving teacher stay; the next step is taken as if first."""
+    parts, trainer = started(tmp_path, tiny_model_path, *LORA, 'teacher={type="ema", decay=0.5}')
+    before, shadow = copies(parts.student), dict(parts.teacher.state())
+    shadow = {name: weight.clone() for name, weight in shadow.items()}
+    steps, broken = distill(parts, trainer), break_teacher(parts)
+    next(broken)
+    metrics = next(steps).metrics
+    assert metrics["skipped_steps"] == 1 and math.isnan(metrics["loss_nats"])
+    assert moved(before, copies(parts.student)) == 0
+    assert moved(shadow, parts.teacher.state()) == 0
+    assert not trainer.optimizer.state
+    next(broken, None)
+    metrics = next(steps).metrics
+    assert metrics["skipped_steps"] == 1 and metrics["step"] == 1
+    assert math.isfinite(metrics["loss_nats"])
+    assert moved(before, copies(parts.student)) > 1e-3
+
+
+@pytest.mark.xfail(strict=True, reason="scheduler.step() runs before any optimizer.step()")
+def test_a_skipped_first_step_makes_no_warning(tiny_model_path: Path, tmp_path: Path) -> None:
+    parts, trainer = started(tmp_path, tiny_model_path)
+    next(break_teacher(parts))
+    next(distill(parts, trainer))
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler")
+def test_too_many_skipped_steps_end_the_run(tiny_model_path: Path, tmp_path: Path) -> None:
+    overrides = (*LORA, "optimizer.max_nonfinite_steps=1")
+    parts, trainer = started(tmp_path, tiny_model_path, *overrides)
+    before = copies(parts.student)
+    next(break_teacher(parts))
+    message = r"2 steps had a loss or gradient that is not finite.*max_nonfinite_steps = 1; lower"
+    with pytest.raises(DivergedError, match=message):
+        list(distill(parts, trainer))
+    assert moved(before, copies(parts.student)) == 0
+
+
+def test_too_many_cut_responses_end_the_run(tiny_model_path: Path, tmp_path: Path) -> None:
+    overrides = (*LORA, "rollout.max_new_tokens=2", "rollout.max_truncated_fraction=0.1")
+    parts, trainer = started(tmp_path, tiny_model_path, *overrides)
+    message = r"% of a step's responses were cut after 2 tokens, but at most 10% are allowed"
+    with pytest.raises(RolloutError, match=message):
+        next(distill(parts, trainer))
+
+
+def test_what_is_counted_is_what_was_answered(tiny_model_path: Path, tmp_path: Path) -> None:
+    """Tokens and cut responses are those of the tasks, without the anchors."""
+    parts, trainer = started(tmp_path, tiny_model_path, *LORA, "rollout.max_new_tokens=3")
+    report = next(distill(parts, trainer))
+    tasks = [a.rollout for a in report.answered if a.pair.origin == "task"]
+    tokens = sum(len(rollout.response_ids) for rollout in tasks)
+    assert len(tasks) == 3 and len(report.answered) == 4
+    assert report.metrics["response_tokens"] == tokens
+    assert report.metrics["tokens_per_response"] == pytest.approx(tokens / 3)
+    cut = sum(not rollout.finished for rollout in tasks)
+    assert report.metrics["truncated_fraction"] == pytest.approx(cut / 3)
+
+
+def test_the_student_learns_the_context(tmp_path: Path) -> None:
+    """On its own samples, through the real engine: the KL to the teacher falls by far."""
+    model = tmp_path / "model"
+    tiny_llama(initializer_range=0.1).save_pretrained(model)
+    tokenizer().save_pretrained(model)
+    overrides = (
+        *("optimizer.lr=0.01", "steps=40", "anchor.share=0", "batch.prompts_per_step=12"),
+        *("rollout.max_new_tokens=6", "batch.rows_per_forward=12"),
+        'loss.warmup={direction="forward_kl", steps=20}',
+    )
+    parts = assemble(make_run(tmp_path, model, *overrides))
+    kl_nats = [r.metrics["kl_nats_per_token"] for r in distill(parts, prepare(parts))]
+    assert kl_nats[0] > 0.1
+    assert sum(kl_nats[-5:]) / 5 < 0.25 * kl_nats[0], kl_nats
+
+
+def test_adapter_off_in_a_hand_written_step_is_the_base(
+    tiny_model_path: Path, tmp_path: Path
+) -> None:
+    """Tests the reference above: both ways of switching the adapter off agree."""
+    parts, _ = started(tmp_path, tiny_model_path)
+    ids_1S = torch.tensor([[7, 8, 9]])
+    with torch.no_grad(), adapter_off(parts.student):
+        inside = parts.student(input_ids=ids_1S).logits
+    parts.student.disable_adapter_layers()
+    with torch.no_grad():
+        assert torch.equal(parts.student(input_ids=ids_1S).logits, inside)
+        parts.student.enable_adapter_layers()
+        assert not torch.allclose(parts.student(input_ids=ids_1S).logits, inside, atol=1e-3)

@@ -1,0 +1,204 @@
+"""`opcd.evaluation`: the contract of evaluation.json, and what its numbers mean."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from opcd.assembly import Parts, assemble
+from opcd.config.training import Loss
+from opcd.distill import answer
+from opcd.errors import TaskError
+from opcd.evaluation import (
+    CONDITIONS,
+    Evaluation,
+    Response,
+    evaluate,
+    kept_suite,
+    paired_tests,
+    respond,
+    score,
+    task_suite,
+    validate,
+)
+from opcd.intervals import mcnemar
+from opcd.models import adapter_off
+from opcd.programs import evaluate_run, sample_run
+from opcd.rollouts.engine import Sampling
+from opcd.training import train
+from opcd.types import Score
+from tiny import log_probs_of, make_run, nudge, parts_of, reverse_kl
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) -> Parts:
+    """An untrained student with the real engine."""
+    return assemble(make_run(tmp_path_factory.mktemp("untrained"), tiny_model_path))
+
+
+@pytest.fixture(scope="module")
+def untrained(parts: Parts) -> Evaluation:
+    return evaluate(parts, "test", "step-0")
+
+
+def leaves(suites: dict[str, Any]) -> list[dict[str, Any]]:
+    return [m for suite in suites.values() for c in suite.values() for m in c.values()]
+
+
+def test_evaluation_json_is_as_the_design_says(untrained: Evaluation) -> None:
+    summary = json.loads(json.dumps(untrained.summary))
+    assert {"suites", "paired", "split", "checkpoint", "context_tokens"} <= summary.keys()
+    assert summary["split"] == "test" and summary["checkpoint"] == "step-0"
+    assert set(summary["suites"]) == {"task", "kept"}
+    assert tuple(summary["suites"]["task"]) == CONDITIONS == ("base", "in_context", "baked")
+    for metrics in summary["suites"]["task"].values():
+        assert {"valid", "correct", "agreement"} <= metrics.keys()
+    assert {"kl_nats_per_token", "greedy_agreement"} == summary["suites"]["kept"]["baked"].keys()
+    for metric in leaves(summary["suites"]):
+        assert metric.keys() == {"mean", "ci95", "n"}
+        low, high = metric["ci95"]
+        assert low - 1e-9 <= metric["mean"] <= high + 1e-9 and metric["n"] > 0
+
+
+def test_the_context_is_counted_in_tokens(parts: Parts, untrained: Evaluation) -> None:
+    pairs = [item.pair for items in parts.items.values() for item in items]
+    extra = {len(pair.teacher_ids) - len(pair.student_ids) for pair in pairs}
+    assert len(extra) == 1, "one system prompt for all"
+    assert untrained.summary["context_tokens"] == extra.pop() > 10
+
+
+def test_an_untrained_student_has_lost_nothing(untrained: Evaluation) -> None:
+    kept = untrained.summary["suites"]["kept"]["baked"]
+    assert abs(kept["kl_nats_per_token"]["mean"]) < 1e-5
+    assert kept["greedy_agreement"]["mean"] == 1.0
+    assert kept["kl_nats_per_token"]["n"] == 3
+    for row in untrained.answers:
+        assert row["base"] == row["baked"]
+
+
+def test_agreement_is_with_in_context_on_the_whole_answer(untrained: Evaluation) -> None:
+    task = untrained.summary["suites"]["task"]
+    assert task["in_context"]["agreement"]["mean"] == 1.0
+    same = [row["baked"]["text"] == row["in_context"]["text"] for row in untrained.answers]
+    assert task["baked"]["agreement"]["mean"] == sum(same) / 4 < 1.0
+
+
+def test_answers_are_rows_for_people(untrained: Evaluation) -> None:
+    assert [row["prompt"] for row in untrained.answers] == [f"test {i}?" for i in range(4)]
+    for row in untrained.answers:
+        assert row["answer"] == "a"
+        for condition in CONDITIONS:
+            assert {"text", "note", "valid", "correct"} <= row[condition].keys()
+
+
+def test_conditions_ask_the_right_weights_with_the_right_prompt(
+    tiny_model_path: Path, tmp_path: Path
+) -> None:
+    scripted = parts_of(make_run(tmp_path, tiny_model_path))
+    seen: list[tuple[str, tuple[int, ...]]] = []
+
+    def script(policy: str, prompt: Any) -> tuple[int, ...]:
+        seen.append((policy, prompt.ids))
+        return (7, 2)
+
+    scripted.engine.script = script  # type: ignore[attr-defined]
+    item = scripted.items["test"][0]
+    for condition in CONDITIONS:
+        respond(scripted, [item], condition)
+    pair = item.pair
+    assert seen == [
+        ("base", pair.student_ids),
+        ("base", pair.teacher_ids),
+        ("student", pair.student_ids),
+    ]
+
+
+def test_kept_is_the_forward_kl_along_the_bases_own_answers(
+    tiny_model_path: Path, tmp_path: Path
+) -> None:
+    """KL(base || baked), each answer's mean, against transformers alone."""
+    parts = assemble(make_run(tmp_path, tiny_model_path))
+    nudge(parts.student, size=0.1)
+    parts.student.eval()
+    pairs = parts.render_anchors(parts.kept.draw(3, "kept"))
+    parts.engine.use("base", 0)
+    means = []
+    with torch.no_grad():
+        for given in answer(parts.config, parts.engine, pairs, Sampling()):
+            prompt, response = given.pair.student_ids, given.rollout.response_ids
+            baked_TV = log_probs_of(parts.student, prompt, response)
+            with adapter_off(parts.student):
+                base_TV = log_probs_of(parts.student, prompt, response)
+            means.append(reverse_kl(base_TV, baked_TV).mean().item())
+    found = kept_suite(parts)["baked"]
+    assert found["kl_nats_per_token"]["mean"] == pytest.approx(sum(means) / 3, rel=1e-3)
+    assert found["kl_nats_per_token"]["mean"] > 0.05
+    assert 0 <= found["greedy_agreement"]["mean"] <= 1
+
+
+def test_scoring_goes_portion_by_portion_through_everything(parts: Parts) -> None:
+    """Every response is scored once, with as many values as it has tokens, without gradient."""
+    pairs = [item.pair for item in parts.items["train"]]
+    parts.engine.use("base", 0)
+    answered = answer(parts.config, parts.engine, pairs, Sampling())
+    seen = []
+    for portion, stats in score(parts, answered, Loss()):
+        assert len(portion) <= parts.config.batch.rows_per_forward
+        assert len(stats.kl_T) == sum(len(a.rollout.response_ids) for a in portion)
+        assert not stats.divergence_T.requires_grad
+        seen += [a.pair.task_id for a in portion]
+    assert sorted(seen) == sorted(pair.task_id for pair in pairs)
+
+
+def test_validation_is_on_validation_rows_without_the_context(parts: Parts) -> None:
+    found = validate(parts, 0)
+    assert found.keys() == {"step", "valid", "correct", "kl_nats_per_token"}
+    assert found["step"] == 0 and found["kl_nats_per_token"] > 0.05
+
+
+def test_a_split_that_is_not_there_names_the_others(parts: Parts) -> None:
+    with pytest.raises(TaskError, match=r"no dev split, only \['test', 'train', 'validation'\]"):
+        evaluate(parts, "dev", "step-0")
+
+
+def response(text: str, **metrics: float) -> Response:
+    return Response(text, len(text), finished=True, score=Score(metrics))
+
+
+def test_paired_tests_compare_the_same_rows() -> None:
+    marks = {"base": [0, 0, 0, 0, 1], "in_context": [1, 1, 1, 1, 1], "baked": [1, 1, 1, 0, 1]}
+    rows = {c: [response("x", correct=float(m)) for m in ms] for c, ms in marks.items()}
+    tests = {(t["first"], t["second"]): t for t in paired_tests(rows)}
+    assert set(tests) == {("baked", "in_context"), ("baked", "base"), ("in_context", "base")}
+    assert tests["baked", "in_context"]["difference"] == pytest.approx(-0.2)
+    assert tests["in_context", "base"]["difference"] == pytest.approx(0.8)
+    assert tests["in_context", "base"]["p"] == mcnemar([1] * 5, [0, 0, 0, 0, 1]) == 0.125
+    assert tests["baked", "in_context"]["p"] == 1.0
+
+
+def test_without_a_grader_there_is_agreement_but_no_paired_test() -> None:
+    texts = {"base": "ab", "in_context": "aa", "baked": "aa"}
+    rows = {c: [response(t) for t in texts[c]] for c in CONDITIONS}
+    suite = task_suite(rows)
+    assert suite["base"]["agreement"]["mean"] == 0.5
+    assert suite["baked"]["agreement"]["mean"] == 1.0
+    assert "correct" not in suite["baked"]
+    assert paired_tests(rows) == []
+
+
+def test_a_run_is_evaluated_with_its_best_weights(tiny_model_path: Path, tmp_path: Path) -> None:
+    """evaluation.json and answers.jsonl are written; a second time replaces them."""
+    run = make_run(tmp_path, tiny_model_path, "optimizer.lr=0.02", "optimizer.warmup_steps=0")
+    outcome = train(run)
+    folder = outcome.folder
+    found = evaluate_run(folder.path)
+    assert json.loads(folder.evaluation.read_text("utf-8")) == found.summary
+    assert found.summary["checkpoint"] == f"step-{outcome.best['step']}"
+    assert found.summary["suites"]["kept"]["baked"]["kl_nats_per_token"]["mean"] > 1e-4
+    evaluate_run(folder.path)
+    lines = folder.answers.read_text("utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == found.answers
+    texts = sample_run(folder.path, "test 0?")
+    assert texts == {c: found.answers[0][c]["text"] for c in CONDITIONS}

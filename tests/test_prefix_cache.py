@@ -1,0 +1,161 @@
+"""`opcd.prefix_cache`: a context read once gives what a context read every time gives."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from opcd import prefix_cache
+from opcd.batching import collate
+from opcd.models import hidden_states, output_head
+from opcd.prefix_cache import SharedPrefix, forward_after_prefix, read_prefix, why_unsupported
+from tiny import SHAPE, build, pair_of, random_ids, rollout_of
+
+PREFIX = 70
+ARCHITECTURES = {
+    "llama, grouped heads": LlamaConfig(**SHAPE),
+    "llama, a key for each head": LlamaConfig(**{**SHAPE, "num_key_value_heads": 4}),
+    "llama, one key for all": LlamaConfig(**{**SHAPE, "num_key_value_heads": 1}),
+    "qwen2, biased projections": Qwen2Config(**SHAPE),
+    "qwen3, normalised queries": Qwen3Config(**SHAPE),
+    "mistral, no window": MistralConfig(**SHAPE, sliding_window=None),
+}
+PAIRS = [
+    pair_of("a", 5, PREFIX + 12, seed=1, shared=PREFIX),
+    pair_of("b", 5, PREFIX + 1, seed=2, shared=PREFIX),
+    pair_of("c", 5, PREFIX + 30, seed=3, shared=PREFIX),
+]
+ROLLOUTS = [rollout_of("a", 9, 1), rollout_of("b", 2, 2), rollout_of("c", 6, 3)]
+
+
+@pytest.fixture(scope="module", params=list(ARCHITECTURES))
+def model(request: pytest.FixtureRequest) -> Any:
+    return build(ARCHITECTURES[request.param], seed=5)
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return build(ARCHITECTURES["llama, grouped heads"], seed=5)
+
+
+@torch.no_grad()
+def difference(model: Any) -> float:
+    """The largest difference in log-probability between the cached and the uncached pass."""
+    whole, cut = collate(PAIRS, ROLLOUTS).teacher, collate(PAIRS, ROLLOUTS, PREFIX).teacher
+    prefix = read_prefix(model, PAIRS[0].teacher_ids[:PREFIX])
+    cached_TD = cut.take(forward_after_prefix(model, prefix, cut.ids_BS))
+    sides = (hidden_states(model, whole), cached_TD)
+    uncached_TV, cached_TV = (output_head(model)(side).log_softmax(-1) for side in sides)
+    return (uncached_TV - cached_TV).abs().max().item()
+
+
+def test_cached_equals_uncached_on_ragged_batches(model: Any) -> None:
+    assert why_unsupported(model, PREFIX) is None
+    assert difference(model) < 1e-4
+
+
+def test_the_prefix_may_be_read_in_parts(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prefix longer than PREFILL_TOKENS takes several passes, the last one short."""
+    whole = read_prefix(llama, PAIRS[0].teacher_ids[:PREFIX])
+    monkeypatch.setattr(prefix_cache, "PREFILL_TOKENS", 32)
+    parts = read_prefix(llama, PAIRS[0].teacher_ids[:PREFIX])
+    for ours, wanted in zip(parts.keys + parts.values, whole.keys + whole.values, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-4)
+    assert difference(llama) < 1e-4
+
+
+@pytest.mark.parametrize("scores", [1, 2 * PREFIX * 7])
+def test_scores_may_be_computed_in_parts(
+    llama: Any, scores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One query at a time, and a number of queries that does not divide them."""
+    monkeypatch.setattr(prefix_cache, "SCORES_AT_ONCE", scores)
+    assert difference(llama) < 1e-4
+
+
+def test_the_prefix_matters(llama: Any) -> None:
+    """Tests the tests above: without the prefix, or with another one, the values differ."""
+    own_BS = torch.tensor([random_ids(6, 1)])
+    hidden = [
+        forward_after_prefix(llama, read_prefix(llama, random_ids(PREFIX, seed)), own_BS)
+        for seed in (77, 78)
+    ]
+    assert (hidden[0] - hidden[1]).abs().max() > 0.1
+
+
+@torch.no_grad()
+def stepwise(model: Any, prefix: SharedPrefix, rows: list[tuple[int, ...]], new: Tensor) -> Tensor:
+    """Left-padded rows, then one token at a time into a cache; the last hidden state, `_BD`."""
+    width = max(len(row) for row in rows)
+    ids_BS = torch.tensor([(0,) * (width - len(row)) + row for row in rows])
+    mask_BS = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    cache = DynamicCache(config=model.config)
+    hidden_BSD = forward_after_prefix(model, prefix, ids_BS, mask_BS, cache)
+    for token_B1 in new.split(1, dim=1):
+        mask_BS = torch.cat([mask_BS, torch.ones_like(token_B1)], dim=1)
+        hidden_BSD = forward_after_prefix(model, prefix, token_B1, mask_BS, cache)
+    assert cache.get_seq_length() == width + new.shape[1]
+    return hidden_BSD[:, -1]
+
+
+def test_left_padding_with_a_growing_cache_equals_full_prompts(model: Any) -> None:
+    """What the rollout engine does: ragged prompts on the left, then token by token."""
+    ids = PAIRS[0].teacher_ids[:PREFIX]
+    rows = [random_ids(count, 40 + count) for count in (1, 8, 5)]
+    new_B4 = torch.tensor([random_ids(4, 60 + row) for row in range(3)])
+    found_BD = stepwise(model, read_prefix(model, ids), rows, new_B4)
+    for row, own in enumerate(rows):
+        whole = torch.tensor([[*ids, *own, *new_B4[row].tolist()]])
+        with torch.no_grad():
+            wanted_D = model.get_decoder()(input_ids=whole).last_hidden_state[0, -1]
+        ours, wanted = (output_head(model)(h).log_softmax(-1) for h in (found_BD[row], wanted_D))
+        torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens", "reason"),
+    [
+        (Gemma2Config(**SHAPE, sliding_window=32), 64, "window of 32 tokens is shorter"),
+        (Gemma2Config(**SHAPE, sliding_window=256), 64, "not plain full attention"),
+    ],
+)
+def test_windows_and_soft_caps_are_refused_with_a_reason(
+    config: Any, tokens: int, reason: str
+) -> None:
+    found = why_unsupported(build(config), tokens)
+    assert found is not None and reason in found
+
+
+@pytest.mark.xfail(strict=True, reason="a window without layer_types is taken for full attention")
+@pytest.mark.parametrize("window", [32, 64, 80])
+def test_a_window_in_every_layer_is_refused_too(window: int) -> None:
+    """Mistral lists no layer types; 80 holds the prefix but not what comes after it."""
+    model = build(MistralConfig(**SHAPE, sliding_window=window))
+    assert why_unsupported(model, 64) is not None
+
+
+def test_the_attention_of_the_model_is_put_back(llama: Any) -> None:
+    usual = llama.config._attn_implementation
+    prefix = read_prefix(llama, random_ids(PREFIX, 77))
+    forward_after_prefix(llama, prefix, torch.tensor([random_ids(4, 1)]))
+    assert llama.config._attn_implementation == usual
+    with pytest.raises(IndexError):
+        forward_after_prefix(llama, prefix, torch.tensor([[10**6]]))
+    assert llama.config._attn_implementation == usual
+
+
+def test_the_prefix_knows_its_size(llama: Any) -> None:
+    """Two layers of two key heads, eight wide, four bytes: keys and values of each token."""
+    prefix = read_prefix(llama, random_ids(PREFIX, 77))
+    assert prefix.tokens == PREFIX
+    assert prefix.bytes == 2 * 2 * 2 * 8 * 4 * PREFIX
+    assert {tuple(side.shape) for side in prefix.keys + prefix.values} == {(2, PREFIX, 8)}

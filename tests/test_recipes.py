@@ -1,0 +1,89 @@
+"""Shipped recipes can be started, and the support desk's data is what the README says of it."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opcd.checking import check_run
+from opcd.graders import build_grader
+from opcd.tasks import load_splits
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+RUNS = sorted(RECIPES.glob("*/run.toml"))
+DESK = RECIPES / "support_desk"
+SPLITS = ("train", "validation", "test")
+
+
+def rows(split: str) -> list[dict[str, Any]]:
+    text = (DESK / f"{split}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_the_recipes_are_found() -> None:
+    """Guards the tests below against an empty list."""
+    assert DESK / "run.toml" in RUNS
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.parent.name)
+def test_every_recipe_can_be_started(path: Path) -> None:
+    run, facts = check_run(path)
+    assert run.name == path.parent.name
+    assert any(fact.startswith("tasks: ") for fact in facts)
+    assert [fact for fact in facts if fact.startswith("warning")] == []
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.parent.name)
+def test_every_answer_of_a_recipe_can_be_graded(path: Path) -> None:
+    """A row whose own answer is no valid response would always count against the model."""
+    run, _ = check_run(path)
+    assert run.grader is not None
+    grade = build_grader(run.grader)
+    for tasks in load_splits(run.tasks, run.seed).values():
+        for task in tasks:
+            if task.answer is not None:
+                is_text = isinstance(task.answer, str)
+                answer = task.answer if is_text else json.dumps(task.answer)
+                assert grade(task, answer).metrics["correct"] == 1.0, task.id
+
+
+def test_the_desk_has_400_different_messages() -> None:
+    prompts = [row["prompt"] for split in SPLITS for row in rows(split)]
+    assert len(prompts) >= 400
+    assert len({" ".join(prompt.lower().split()) for prompt in prompts}) == len(prompts)
+
+
+def test_the_desks_splits_share_no_template() -> None:
+    """Else the test split would measure wordings that were trained on."""
+    templates = [{row["template"] for row in rows(split)} for split in SPLITS]
+    assert sum(map(len, templates)) == len(set().union(*templates))
+    source = json.loads((DESK / "templates.json").read_text(encoding="utf-8"))["templates"]
+    texts = [{t for moods in source[split].values() for t in moods} for split in SPLITS]
+    assert sum(map(len, texts)) == len(set().union(*texts))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_desks_moods_are_balanced(split: str) -> None:
+    """No mood is so rare that leaving it out would go unnoticed."""
+    counts = Counter(row["answer"]["mood"] for row in rows(split))
+    assert counts.keys() == {"happy", "worried", "angry"}
+    assert min(counts.values()) >= 0.2 * sum(counts.values())
+
+
+def test_the_desks_files_are_what_compose_writes(tmp_path: Path) -> None:
+    command = [sys.executable, str(DESK / "compose.py"), str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True)
+    for split in SPLITS:
+        name = f"{split}.jsonl"
+        assert (tmp_path / name).read_bytes() == (DESK / name).read_bytes(), name
+
+
+def test_the_desks_worked_examples_are_no_rows_of_it() -> None:
+    """The context must not hold the answer to a test message."""
+    text = (DESK / "examples.jsonl").read_text(encoding="utf-8")
+    examples = {json.loads(line)["prompt"] for line in text.splitlines()}
+    assert not examples & {row["prompt"] for split in SPLITS for row in rows(split)}
