@@ -118,7 +118,8 @@ def test_heads_of_one_vocabulary_may_be_padded_to_other_widths(wider: str) -> No
     heads = (padded, other) if wider == "student" else (other, padded)
     loss = Loss(chunk_tokens=7)
     found = chunked_stats(student_TD, heads[0], teacher_TD, heads[1], sampled(), loss)
-    cut = (head(side)[:, :VOCABULARY] for head, side in zip(heads, (student_TD, teacher_TD)))  # noqa: B905
+    student_TV, teacher_TV = heads[0](student_TD), heads[1](teacher_TD)
+    cut = student_TV[:, :VOCABULARY], teacher_TV[:, :VOCABULARY]
     wanted = token_stats(*cut, sampled(), loss)
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs)

@@ -61,14 +61,12 @@ def test_a_hub_id_and_an_alias_are_left_alone(tmp_path: Path) -> None:
     assert load(tmp_path, tables='[model]\npath = "org/name"').model.path == "org/name"
 
 
-@pytest.mark.xfail(strict=True, reason="only folders are looked for beside the file")
 def test_a_gguf_beside_the_file_is_found(tmp_path: Path) -> None:
     (tmp_path / "tiny.gguf").touch()
     table = '[model]\npath = "tiny.gguf"\n'
     assert load(tmp_path, tables=table).model.path == str(tmp_path / "tiny.gguf")
 
 
-@pytest.mark.xfail(strict=True, reason="teacher.path is left relative")
 def test_a_teachers_folder_beside_the_file_is_found(tmp_path: Path) -> None:
     (tmp_path / "big").mkdir()
     run = load(tmp_path, tables='[teacher]\ntype = "frozen"\npath = "big"\n')
@@ -81,9 +79,6 @@ def test_the_name_defaults_to_the_folders(tmp_path: Path) -> None:
     assert load_config(path).name == "shop"
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the name is '', so the run would be written into runs/ itself"
-)
 def test_the_name_defaults_to_the_working_directorys(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,7 +125,6 @@ def test_overrides_take_lists_booleans_and_plain_text(tmp_path: Path) -> None:
     assert run.name == "other run"
 
 
-@pytest.mark.xfail(strict=True, reason="the key is stripped, a plain text value is not")
 def test_white_space_around_an_override_is_left_out(tmp_path: Path) -> None:
     assert load(tmp_path, "evaluation.select_by = valid").evaluation.select_by == "valid"
 
@@ -278,7 +272,6 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_config(tmp_path / "none.toml")
 
 
-@pytest.mark.xfail(strict=True, reason="UnicodeDecodeError passes through")
 def test_a_file_in_another_encoding_is_named(tmp_path: Path) -> None:
     path = write_run(tmp_path)
     path.write_bytes(path.read_bytes() + "# Grüße".encode("latin-1"))
@@ -286,7 +279,6 @@ def test_a_file_in_another_encoding_is_named(tmp_path: Path) -> None:
         load_config(path)
 
 
-@pytest.mark.xfail(strict=True, reason="TypeError: the tree is taken for a mapping")
 def test_a_json_file_that_is_no_object_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"config\.json"):
@@ -314,9 +306,6 @@ def test_a_dumped_run_loads_to_an_equal_one(tmp_path: Path, overrides: list[str]
     assert differences(load_config(dumped), run) == []
 
 
-@pytest.mark.xfail(
-    strict=True, reason="dumped as relative, then read as relative to the run folder"
-)
 def test_a_dumped_run_keeps_paths_given_as_overrides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

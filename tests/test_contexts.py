@@ -88,7 +88,6 @@ def test_braces_in_documents_are_text(tmp_path: Path) -> None:
     assert shown(TASK, context)[0] == ("system", 'Write {"a": {0}} and {name}.')
 
 
-@pytest.mark.xfail(strict=True, reason="{prompt} is filled in the document's own text as well")
 def test_a_document_about_prompts_is_not_filled_in(tmp_path: Path) -> None:
     path = text_file(tmp_path, "Templates hold a {prompt} slot.")
     template = "{document}\n\n{prompt}"
@@ -143,7 +142,6 @@ def test_an_empty_context_file_is_named(tmp_path: Path, text: str) -> None:
         read_text(text_file(tmp_path, text))
 
 
-@pytest.mark.xfail(strict=True, reason="UnicodeDecodeError passes through")
 def test_a_context_file_in_another_encoding_is_named(tmp_path: Path) -> None:
     path = tmp_path / "context.md"
     path.write_bytes("Grüße".encode("latin-1"))
@@ -158,14 +156,12 @@ def test_a_malformed_example_names_its_line(tmp_path: Path, line: str) -> None:
         read_examples(path)
 
 
-@pytest.mark.xfail(strict=True, reason="an object gets into the conversation as if it were text")
 def test_an_example_whose_response_is_no_text_is_refused(tmp_path: Path) -> None:
     row = {"prompt": "a", "response": {"mood": "happy"}}
     with pytest.raises(ContextError, match="line 1"):
         read_examples(write_jsonl(tmp_path / "examples.jsonl", [row]))
 
 
-@pytest.mark.xfail(strict=True, reason="str.splitlines cuts a JSON string at U+2028 and U+0085")
 def test_unicode_line_separators_do_not_end_an_example(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "e.jsonl", [{"prompt": "a\u2028b", "response": "c\x85d"}])
     assert [m.content for m in read_examples(path)] == ["a\u2028b", "c\x85d"]

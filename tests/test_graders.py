@@ -1,7 +1,6 @@
 """Is this response right? Each kind of grader, and what it must not be fooled by."""
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -95,7 +94,6 @@ def test_numeric_has_a_tolerance() -> None:
     assert graded("numeric", 10, "10.6", tolerance=0.5) == WRONG
 
 
-@pytest.mark.xfail(strict=True, reason="'.5' is read as 5")
 def test_numeric_reads_a_number_without_a_leading_zero() -> None:
     assert graded("numeric", 0.5, "p = .5") == RIGHT
 
@@ -203,12 +201,10 @@ def test_regex_without_groups_or_answer() -> None:
     assert graded("regex", "is 5", "it is 5", pattern=r"is \d") == RIGHT
 
 
-@pytest.mark.xfail(strict=True, reason="AttributeError: match.group(1) is None")
 def test_regex_with_an_optional_group_is_graded() -> None:
     assert graded("regex", "red", "colour", pattern=r"colour(?: (\w+))?") == WRONG
 
 
-@pytest.mark.xfail(strict=True, raises=re.error, reason="re.error passes through")
 def test_a_malformed_pattern_is_refused() -> None:
     with pytest.raises(ConfigError, match="pattern"):
         grader("regex", pattern="(")
@@ -222,7 +218,6 @@ def test_a_row_without_an_answer_is_named(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["numeric", "choice", "json"])
-@pytest.mark.xfail(strict=True, reason="an invalid response returns before the answer is looked at")
 def test_a_row_without_an_answer_is_found_whatever_the_response(kind: str) -> None:
     """`opcd check` grades an empty response to find such rows before a run starts."""
     with pytest.raises(TaskError, match="row 'x9' has no answer"):
@@ -237,7 +232,6 @@ def test_a_row_without_an_answer_is_found_whatever_the_response(kind: str) -> No
         ("numeric", "many", "5"),
     ],
 )
-@pytest.mark.xfail(strict=True, reason="KeyError, TypeError or ValueError passes through")
 def test_an_answer_of_another_form_is_named(kind: str, answer: Any, response: str) -> None:
     with pytest.raises(TaskError, match="x9"):
         grader(kind)(Task("x9", (), answer), response)

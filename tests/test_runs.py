@@ -127,7 +127,6 @@ def test_rows_are_appended_and_read_back(tmp_path: Path) -> None:
     assert "naïve" in path.read_text(encoding="utf-8")
 
 
-@pytest.mark.xfail(strict=True, reason="str.splitlines cuts a JSON string at U+2028 and U+0085")
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
 def test_a_response_may_hold_any_character(tmp_path: Path, separator: str) -> None:
     """A model writes what it likes; a resume reads rollouts.jsonl back."""

@@ -45,7 +45,6 @@ def test_a_value_is_not_a_function(own_module: str) -> None:
         resolve(f"{own_module}:LIMIT")
 
 
-@pytest.mark.xfail(strict=True, reason="import_module's TypeError for '.module' passes through")
 def test_a_relative_module_is_refused() -> None:
     with pytest.raises(ConfigError, match="json"):
         resolve(".json:dumps")

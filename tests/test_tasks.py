@@ -72,16 +72,12 @@ def test_a_row_without_a_prompt_says_how_to_map_one(row: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("prompt", ["  \n", [{"role": "user", "content": ""}]])
-@pytest.mark.xfail(
-    strict=True, reason="accepted here; rendering fails: ValueError, empty separator"
-)
 def test_a_blank_prompt_is_no_prompt(prompt: Any) -> None:
     with pytest.raises(TaskError, match="row 3"):
         read_row({"prompt": prompt}, "x", "f, row 3", None)
 
 
 @pytest.mark.parametrize("content", [None, 5, [{"type": "text", "text": "a"}]])
-@pytest.mark.xfail(strict=True, reason="accepted here; the leak check fails with a TypeError")
 def test_a_turn_that_is_no_text_is_refused(content: Any) -> None:
     with pytest.raises(TaskError, match="row 3"):
         read_row({"prompt": [{"role": "user", "content": content}]}, "x", "f, row 3", None)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +14,11 @@ from safetensors.torch import load_file
 
 from opcd import checkpoint, training
 from opcd.assembly import Parts
-from opcd.config import Run
+from opcd.config import Run, load_config
+from opcd.config.training import Checkpoint, Loss, TopK, Tracking
 from opcd.distill import StepReport, Trainer
 from opcd.errors import CheckpointError, ConfigError, RunFolderError
-from opcd.runs import RunFolder, append_jsonl, read_jsonl
+from opcd.runs import RunFolder, append_jsonl, open_run, read_jsonl
 from opcd.training import Outcome, read_best, train
 from tiny import make_run
 
@@ -90,6 +92,14 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Pat
     return train(run_of(tmp_path_factory.mktemp("whole"), tiny_model_path))
 
 
+def copy_of(outcome: Outcome, tmp_path: Path, **changes: Any) -> tuple[Run, RunFolder]:
+    """A finished run in another place, where a test may do with it what it likes."""
+    _, run = open_run(outcome.folder.path)
+    shutil.copytree(outcome.folder.path, tmp_path / "runs" / run.name)
+    folder = RunFolder(tmp_path / "runs" / run.name)
+    return run.model_copy(update={"out": tmp_path / "runs", **changes}), folder
+
+
 def test_a_terminated_run_resumes_bitwise(
     tiny_model_path: Path,
     tmp_path: Path,
@@ -125,11 +135,10 @@ def test_a_crashed_run_resumes_bitwise_from_its_checkpoint(
     assert_same_end(train(run, resume=True), uninterrupted)
 
 
-def test_a_finished_run_resumes_to_itself(
-    tiny_model_path: Path, tmp_path: Path, uninterrupted: Outcome
-) -> None:
-    run = run_of(tmp_path, tiny_model_path)
-    train(run)
+def test_a_finished_run_resumes_to_itself(tmp_path: Path, uninterrupted: Outcome) -> None:
+    """Elsewhere too, and with other values for what no result depends on."""
+    rare = Checkpoint(every_steps=5, keep=1)
+    run, _ = copy_of(uninterrupted, tmp_path, checkpoint=rare, tracking=Tracking(trackers=()))
     again = train(run, resume=True)
     assert again.steps == STEPS
     assert_same_end(again, uninterrupted)
@@ -194,33 +203,24 @@ def test_an_unknown_schedule_names_its_key(tiny_model_path: Path, tmp_path: Path
 
 @pytest.mark.parametrize("key", ["optimizer.lr=0.02", "rollout.temperature=0.9", "seed=1"])
 def test_resuming_with_another_value_names_the_key(
-    tiny_model_path: Path, tmp_path: Path, uninterrupted: Outcome, key: str
+    tmp_path: Path, uninterrupted: Outcome, key: str
 ) -> None:
     name = key.partition("=")[0]
-    changed = run_of(tmp_path, tiny_model_path, key)
-    changed = changed.model_copy(update={"out": uninterrupted.folder.path.parent})
+    changed = load_config(uninterrupted.folder.config, [key])
     with pytest.raises(RunFolderError, match=rf"started with other values:(\n.*)*{name}: .* -> "):
         train(changed, resume=True)
 
 
-def test_what_no_result_depends_on_may_change(tiny_model_path: Path, tmp_path: Path) -> None:
-    train(run_of(tmp_path, tiny_model_path))
-    changed = run_of(tmp_path, tiny_model_path, "checkpoint.keep=1", "tracking.rollouts_per_step=0")
-    assert train(changed, resume=True).steps == STEPS
-
-
-def test_an_existing_run_is_refused_and_left_alone(tiny_model_path: Path, tmp_path: Path) -> None:
+def test_an_existing_run_is_refused_and_left_alone(tmp_path: Path, uninterrupted: Outcome) -> None:
     """Until `overwrite` says otherwise; then nothing of the first run is left."""
-    run = make_run(tmp_path, tiny_model_path)
-    folder = train(run).folder
+    run, folder = copy_of(uninterrupted, tmp_path, steps=1)
     before = folder.metrics.read_bytes()
-    (folder.path / "mine.txt").write_text("note", encoding="utf-8")
     with pytest.raises(RunFolderError, match=r"exists.* --resume.* --overwrite"):
         train(run)
     assert folder.metrics.read_bytes() == before
     train(run, overwrite=True)
-    assert not (folder.path / "mine.txt").exists()
-    assert len(measured(folder)) == 4
+    assert [path.name for path in checkpoint.complete(folder.checkpoints)] == ["step-1"]
+    assert len(measured(folder)) == 1
 
 
 def test_a_folder_that_is_no_run_is_never_deleted(tiny_model_path: Path, tmp_path: Path) -> None:
@@ -233,14 +233,12 @@ def test_a_folder_that_is_no_run_is_never_deleted(tiny_model_path: Path, tmp_pat
     assert diary.read_text(encoding="utf-8") == "dear"
 
 
-def test_a_wrong_input_leaves_an_existing_run_alone(tiny_model_path: Path, tmp_path: Path) -> None:
+def test_a_wrong_input_leaves_an_existing_run_alone(tmp_path: Path, uninterrupted: Outcome) -> None:
     """Overwriting deletes the old run only after the new one is known to start."""
-    run = make_run(tmp_path, tiny_model_path)
-    folder = train(run).folder
-    broken = make_run(tmp_path, tiny_model_path, 'loss.support={type="top_k", k=9999}')
+    broken, folder = copy_of(uninterrupted, tmp_path, loss=Loss(support=TopK(k=9999)))
     with pytest.raises(ConfigError, match=r"loss.support.k = 9999 .*vocabulary of 300"):
         train(broken, overwrite=True)
-    assert len(measured(folder)) == 4
+    assert len(measured(folder)) == STEPS
 
 
 def test_resuming_nothing_is_refused(tiny_model_path: Path, tmp_path: Path) -> None:
@@ -250,13 +248,13 @@ def test_resuming_nothing_is_refused(tiny_model_path: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "facts.json"])
 def test_a_truncated_checkpoint_is_refused_by_name(
-    tiny_model_path: Path, tmp_path: Path, file: str
+    tmp_path: Path, uninterrupted: Outcome, file: str
 ) -> None:
-    run = make_run(tmp_path, tiny_model_path)
-    newest = checkpoint.latest(train(run).folder.checkpoints)
+    run, folder = copy_of(uninterrupted, tmp_path)
+    newest = checkpoint.latest(folder.checkpoints)
     whole = (newest / file).read_bytes()
     (newest / file).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match=rf"step-4/{file} cannot be trusted.*bytes instead"):
+    with pytest.raises(CheckpointError, match=rf"step-6/{file} cannot be trusted.*bytes instead"):
         train(run, resume=True)
 
 
@@ -288,9 +286,6 @@ def test_full_tuning_resumes_bitwise(
     assert (halves.folder.best / "model.safetensors").is_file()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="attention is put back before the backward pass recomputes the layers"
-)
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 def test_gradient_checkpointing_changes_no_number(tiny_model_path: Path, tmp_path: Path) -> None:
     """The layers are recomputed in the backward pass with the attention of the forward pass."""
@@ -302,7 +297,6 @@ def test_gradient_checkpointing_changes_no_number(tiny_model_path: Path, tmp_pat
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason="a skipped step's nan is written as NaN, which is no JSON")
 def test_metrics_of_a_skipped_step_are_json(tmp_path: Path) -> None:
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")

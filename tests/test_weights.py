@@ -107,7 +107,6 @@ def test_a_gguf_is_converted_once(
     assert first.parent == cache and len(list(cache.iterdir())) == 2
 
 
-@pytest.mark.xfail(strict=True, reason="SafetensorError is no OSError, so it is not translated")
 def test_a_broken_safetensors_file_is_a_model_error(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"

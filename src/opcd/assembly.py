@@ -52,7 +52,7 @@ class Parts:
     """The student before training: the anchors' teacher."""
     engine: RolloutEngine
     teacher_engine: RolloutEngine
-    """Answers as the teacher: the same engine, where the teacher is the student's base."""
+    """Answers as the teacher; an engine of its own, if the teacher answers in training."""
     notes: list[str] = field(default_factory=list)
     """What a user should know before the run: dropped rows, a cache that cannot be used."""
 
@@ -78,6 +78,8 @@ def assemble(config: Run) -> Parts:
     check_runnable(config)
     accelerator = build_accelerator(config)
     set_seed(config.seed)
+    # The far tails of a softmax are denormal numbers, on which a CPU is many times slower.
+    torch.set_flush_denormal(True)
     tokenizer = weights.load_tokenizer(config.model.path, config.model.revision)
     dtype = weights.auto_dtype(config.model.dtype, accelerator.device)
     student = _load_student(config, accelerator.device, dtype)
@@ -89,7 +91,6 @@ def assemble(config: Run) -> Parts:
     teacher, base = _build_teachers(config, accelerator, dtype, student, tokenizer)
     notes += _share_prefix(teacher, items)
     engine = HFEngine(student, base.model, dtype, end_ids, rows)
-    foreign = isinstance(config.teacher, training.Frozen) and config.teacher.path
     train_anchors, test_anchors = load_anchors(config.anchor.path)
     return Parts(
         config=config,
@@ -105,9 +106,7 @@ def assemble(config: Run) -> Parts:
         teacher=teacher,
         base=base,
         engine=engine,
-        teacher_engine=HFEngine(teacher.model, teacher.model, dtype, end_ids, rows)
-        if foreign
-        else engine,
+        teacher_engine=_teacher_engine(config, teacher, engine, dtype),
         notes=notes,
     )
 
@@ -118,8 +117,12 @@ def check_runnable(config: Run) -> None:
     Raises:
         ConfigError: naming the keys.
     """
-    warmup = config.loss.warmup
-    answers = config.rollout.teacher_fraction or (warmup and warmup.teacher_fraction)
+    answers = _teacher_answers(config)
+    if answers and config.loss.support.type == "sampled":
+        raise ConfigError(
+            f"teacher_fraction = {answers} but loss.support is sampled, which estimates the KL "
+            'from the student\'s own tokens; write loss.support = {type = "exact"}'
+        )
     if answers and config.teacher.type not in ("adapter_off", "frozen"):
         raise ConfigError(
             f"teacher_fraction = {answers} (of rollout or loss.warmup) lets the teacher "
@@ -161,6 +164,25 @@ def render_splits(config: Run, renderer: Renderer) -> tuple[dict[str, list[Item]
                 f"{renderer.max_prompt_tokens} tokens: {', '.join(dropped[:5])} ..."
             )
     return items, notes
+
+
+def _teacher_answers(config: Run) -> float:
+    """The largest share of a step's prompts that the teacher answers."""
+    warmup = config.loss.warmup
+    return max(config.rollout.teacher_fraction, (warmup and warmup.teacher_fraction) or 0.0)
+
+
+def _teacher_engine(
+    config: Run, teacher: LocalTeacher, engine: HFEngine, dtype: torch.dtype
+) -> HFEngine:
+    """The student's engine, unless the teacher is needed as well in every step.
+
+    Two copies of the weights then save copying them back and forth.
+    """
+    if not _teacher_answers(config):
+        return engine
+    model = teacher.model
+    return HFEngine(model, model, dtype, engine.end_ids, config.rollout.batch_rows)
 
 
 def _load_student(config: Run, device: torch.device, dtype: torch.dtype) -> Any:

@@ -69,17 +69,13 @@ def load(path: Path) -> Snapshot:
     Raises:
         CheckpointError: a file is missing, cut off or changed; it is named.
     """
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        files = dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _untrusted(path, MANIFEST, f"it cannot be read ({error})") from error
+    files = _read_manifest(path)
     for name, (size, digest) in files.items():
         _check_file(path, name, size, digest)
     facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
     stems = [Path(name).stem for name in files if name.endswith(".safetensors")]
     tensors = {stem: load_file(path / f"{stem}.safetensors") for stem in stems}
-    return Snapshot(manifest["step"], tensors, facts)
+    return Snapshot(int(path.name.removeprefix("step-")), tensors, facts)
 
 
 def complete(folder: Path) -> list[Path]:
@@ -149,6 +145,21 @@ def _write(draft: Path, snapshot: Snapshot) -> None:
     for path in draft.iterdir():
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
+
+
+def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        step, entries = manifest["step"], manifest["files"]
+        files = {name: (int(size), str(digest)) for name, (size, digest) in entries.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _untrusted(path, MANIFEST, f"it cannot be read ({error!r})") from error
+    if path.name != f"step-{step}":
+        raise _untrusted(path, MANIFEST, f"it is of step {step}")
+    unlisted = {file.name for file in path.iterdir()} - files.keys() - {MANIFEST}
+    if unlisted:
+        raise _untrusted(path, MANIFEST, f"it does not list {sorted(unlisted)}")
+    return files
 
 
 def _check_file(path: Path, name: str, size: int, digest: str) -> None:

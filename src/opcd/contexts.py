@@ -1,6 +1,7 @@
 """What only the teacher sees, and where it is placed in the conversation."""
 
 import json
+import re
 from pathlib import Path
 
 from opcd.config.inputs import Column, ContextConfig, Document, Examples, SystemPrompt
@@ -21,15 +22,14 @@ def load_context(config: ContextConfig, task: Task) -> Context:
             system = read_text(config.system) if config.system else ""
             return Context(system=system, examples=read_examples(config.path))
         case Document():
-            text = config.template.replace("{document}", read_text(config.path))
-            return _place(text, config.placement)
+            return _place(config.template, "{document}", read_text(config.path), config.placement)
         case Column():
             if not task.context:
                 raise ContextError(
                     f"row {task.id!r} has no context, but context.type = 'column' takes it from "
                     "there; fill the row's context column"
                 )
-            return _place(config.template.replace("{context}", task.context), config.placement)
+            return _place(config.template, "{context}", task.context, config.placement)
 
 
 def add_context(task: Task, context: Context) -> tuple[Message, ...]:
@@ -41,7 +41,7 @@ def add_context(task: Task, context: Context) -> tuple[Message, ...]:
     own_system = [m.content for m in task.messages if m.role == "system"]
     turns = [m for m in task.messages if m.role != "system"]
     system = "\n\n".join(text for text in (context.system, *own_system) if text)
-    last = Message("user", context.user_template.replace("{prompt}", turns[-1].content))
+    last = Message("user", _fill(context.user_template, turns[-1].content))
     head = (Message("system", system),) if system else ()
     return (*head, *context.examples, *turns[:-1], last)
 
@@ -57,7 +57,12 @@ def read_text(path: Path) -> str:
             f"the context file {str(path)!r} is missing; the teacher would see nothing that the "
             "student does not. Correct the path"
         )
-    text = path.read_text(encoding="utf-8").strip()
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise ContextError(
+            f"the context file {str(path)!r} is not UTF-8 ({error}); save it as UTF-8"
+        ) from error
     if not text:
         raise ContextError(f"the context file {str(path)!r} is empty; write the context into it")
     return text
@@ -70,9 +75,11 @@ def read_examples(path: Path) -> tuple[Message, ...]:
         ContextError: a line is not such an object.
     """
     turns: list[Message] = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         try:
             row = json.loads(line)
+            if not all(isinstance(row[key], str) for key in ("prompt", "response")):
+                raise TypeError("prompt and response must be texts")
             turns += [Message("user", row["prompt"]), Message("assistant", row["response"])]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ContextError(
@@ -82,5 +89,13 @@ def read_examples(path: Path) -> tuple[Message, ...]:
     return tuple(turns)
 
 
-def _place(text: str, placement: str) -> Context:
-    return Context(user_template=text) if placement == "user" else Context(system=text)
+def _place(template: str, slot: str, text: str, placement: str) -> Context:
+    if placement == "system":
+        return Context(system=template.replace(slot, text))
+    # The text's own "{prompt}" is not a place for the prompt.
+    return Context(user_template=template.replace(slot, text.replace("{prompt}", "{{prompt}}")))
+
+
+def _fill(template: str, prompt: str) -> str:
+    parts = re.split(r"(?<!\{)\{prompt\}(?!\})", template)
+    return prompt.join(part.replace("{{prompt}}", "{prompt}") for part in parts)

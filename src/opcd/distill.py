@@ -142,8 +142,9 @@ def count_rollouts(parts: Parts, answered: Sequence[Answered], tally: Tally) -> 
 def teacher_fraction_at(config: Run, step: int) -> float:
     """The share of a step's tasks that the teacher answers."""
     warmup = config.loss.warmup
-    warm = warmup is not None and step < warmup.steps
-    return warmup.teacher_fraction if warm else config.rollout.teacher_fraction
+    if warmup is None or step >= warmup.steps or warmup.teacher_fraction is None:
+        return config.rollout.teacher_fraction
+    return warmup.teacher_fraction
 
 
 def loss_at(loss: Loss, step: int) -> Loss:
@@ -213,11 +214,11 @@ def update(parts: Parts, trainer: Trainer, tally: Tally) -> float:
     lr = trainer.optimizer.param_groups[0]["lr"]
     if math.isfinite(norm) and math.isfinite(tally.sums["loss_nats"]):
         trainer.optimizer.step()
+        trainer.scheduler.step()
         parts.teacher.after_step(trainer.step)
     else:
         trainer.skipped_steps += 1
     trainer.optimizer.zero_grad()
-    trainer.scheduler.step()
     trainer.step += 1
     if trainer.skipped_steps > config.max_nonfinite_steps:
         raise DivergedError(

@@ -11,6 +11,7 @@ score-function estimate from the sampled token. Pure functions of logits; everyt
 in float32 at least. Nothing is averaged here: the trainer divides once.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ class TokenStats(NamedTuple):
     divergence_T: Tensor
     """The loss of the token, in nats."""
     kl_T: Tensor
-    """Exact reverse KL, in nats, whatever the loss is."""
+    """Exact reverse KL at the loss's temperature, in nats, whatever the loss is."""
     entropy_T: Tensor
     """The student's entropy, in nats."""
     student_mass_T: Tensor
@@ -57,9 +58,10 @@ def token_stats(
         ids_CK = support_ids(student_CV.detach(), teacher_CV, loss.support)
     with torch.no_grad():
         ones_C = torch.ones_like(response_C, dtype=student_CV.dtype)
+        probs_CV = student_CV.exp()
         diagnostics = (
-            divergence(student_CV, teacher_CV, "reverse_kl"),
-            -(student_CV.exp() * student_CV).sum(-1),
+            (probs_CV * (student_CV - teacher_CV)).sum(-1),
+            -(probs_CV * student_CV).sum(-1),
             ones_C if ids_CK is None else _gather(student_CV, ids_CK).exp().sum(-1),
             ones_C if ids_CK is None else _gather(teacher_CV, ids_CK).exp().sum(-1),
         )
@@ -76,8 +78,8 @@ def divergence(
         case "forward_kl":
             return _kl(teacher_CK, student_CK)
         case "jsd":
-            weights = torch.tensor([jsd_beta, 1.0 - jsd_beta]).log().to(student_CK)
-            mixture_CK = torch.logaddexp(teacher_CK + weights[0], student_CK + weights[1])
+            log_beta, log_rest = math.log(jsd_beta), math.log1p(-jsd_beta)
+            mixture_CK = torch.logaddexp(teacher_CK + log_beta, student_CK + log_rest)
             teacher_C, student_C = _kl(teacher_CK, mixture_CK), _kl(student_CK, mixture_CK)
             return jsd_beta * teacher_C + (1.0 - jsd_beta) * student_C
 

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 from opcd.config import inputs
-from opcd.errors import TaskError
+from opcd.errors import ConfigError, TaskError
 from opcd.targets import resolve
 from opcd.types import Score, Task
 
 Grader = Callable[[Task, str], Score]
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
 def build_grader(config: inputs.GraderConfig) -> Grader:
@@ -32,7 +32,7 @@ def build_grader(config: inputs.GraderConfig) -> Grader:
         case inputs.JsonObject():
             return lambda task, response: grade_json(task, response, config.keys)
         case inputs.Regex():
-            pattern = re.compile(config.pattern)
+            pattern = _compile(config.pattern)
             return lambda task, response: grade_regex(task, response, pattern)
         case inputs.Function():
             return resolve(config.target)
@@ -55,10 +55,15 @@ def grade_contains(task: Task, response: str) -> Score:
 
 def grade_numeric(task: Task, response: str, tolerance: float = 1e-6) -> Score:
     """Right where the last number in the response is the answer (thousands commas allowed)."""
+    answer = str(_answer(task)).replace(",", "")
+    try:
+        wanted = float(answer)
+    except ValueError as error:
+        raise _unfit(task, "a number") from error
     numbers = NUMBER.findall(response)
     if not numbers:
         return _score(valid=False, correct=False, note="no number")
-    found, wanted = (float(str(x).replace(",", "")) for x in (numbers[-1], _answer(task)))
+    found = float(numbers[-1].replace(",", ""))
     return _score(True, abs(found - wanted) <= tolerance, f"found {found}, wanted {wanted}")
 
 
@@ -70,6 +75,7 @@ def grade_choice(
     With `tag`, only the last `<tag>...</tag>` counts and must hold the choice alone, so that
     neither 'Based on ...' is read as B, nor a sentence about every option as the last one.
     """
+    wanted = str(_answer(task))
     if tag:
         inside = re.findall(rf"<{re.escape(tag)}>(.*?)</{re.escape(tag)}>", response, re.DOTALL)
         found = {c for c in choices if inside and inside[-1].strip().lower() == c.lower()}
@@ -79,7 +85,6 @@ def grade_choice(
     if len(found) != 1:
         return _score(valid=False, correct=False, note=f"names {len(found)} of the choices")
     (choice,) = found
-    wanted = str(_answer(task))
     return _score(True, choice.lower() == wanted.lower(), f"found {choice!r}, wanted {wanted!r}")
 
 
@@ -88,6 +93,9 @@ def grade_json(task: Task, response: str, keys: dict[str, tuple[Any, ...]]) -> S
 
     Besides `valid` and `correct`, one metric for each key says whether that value is right.
     """
+    answer = _answer(task)
+    if not isinstance(answer, dict) or answer.keys() != keys.keys():
+        raise _unfit(task, f"an object with the keys {sorted(keys)}")
     wrong = dict.fromkeys((f"correct_{key}" for key in keys), 0.0)
     try:
         found = json.loads(response)
@@ -99,7 +107,6 @@ def grade_json(task: Task, response: str, keys: dict[str, tuple[Any, ...]]) -> S
         if allowed and not any(_same(found[key], value) for value in allowed):
             note = f"{key} = {found[key]!r} is none of {list(allowed)}"
             return Score({"valid": 0.0, "correct": 0.0, **wrong}, note)
-    answer = _answer(task)
     each = {f"correct_{key}": float(_same(found[key], answer[key])) for key in keys}
     correct = float(all(each.values()))
     return Score({"valid": 1.0, "correct": correct, **each}, "" if correct else f"wanted {answer}")
@@ -112,7 +119,7 @@ def grade_regex(task: Task, response: str, pattern: re.Pattern[str]) -> Score:
         return _score(valid=False, correct=False, note=f"no match for {pattern.pattern!r}")
     if task.answer is None:
         return _score(valid=True, correct=True)
-    found = match.group(1) if pattern.groups else match.group(0)
+    found = (match.group(1) if pattern.groups else match.group(0)) or ""
     return _score(True, found.strip() == str(task.answer).strip(), f"found {found!r}")
 
 
@@ -127,6 +134,22 @@ def _answer(task: Task) -> Any:
             "remove [grader]"
         )
     return task.answer
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(
+            f"grader.pattern = {pattern!r} is not a regular expression: {error}"
+        ) from error
+
+
+def _unfit(task: Task, wanted: str) -> TaskError:
+    return TaskError(
+        f"row {task.id!r} has the answer {task.answer!r}, but this grader compares with {wanted}; "
+        "correct the row, or take another grader"
+    )
 
 
 def _same(found: Any, wanted: Any) -> bool:

@@ -82,12 +82,19 @@ def tune(model: Any, tuning: Lora | Full, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return get_peft_model(model, lora)
+            tuned = get_peft_model(model, lora)
         except ValueError as error:
             raise ModelError(
                 f"model.tuning.targets = {tuning.targets!r}: {error}; name modules of this model, "
                 'or write "all-linear"'
             ) from error
+    head = tuned.get_base_model().get_output_embeddings()
+    if isinstance(head, LoraLayer) and model.config.get_text_config().tie_word_embeddings:
+        raise ModelError(
+            f"model.tuning.targets = {tuning.targets!r} adapts the output head, which shares its "
+            'weights with the input embeddings, so it cannot be merged; write "all-linear"'
+        )
+    return tuned
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -111,7 +118,10 @@ def hidden_states(model: Any, side: Side) -> Tensor:
     decoder = causal_model(model).get_decoder()
     on_cpu, length = side.ids_BS.device.type == "cpu", side.ids_BS.shape[1]
     # The CPU's fused attention takes 4 x as long as plain products to differentiate in bfloat16.
-    plain = on_cpu and torch.is_grad_enabled() and length <= PLAIN_ATTENTION_TOKENS
+    # Checkpointed layers run again in the backward pass, when the choice has been taken back.
+    recomputed = getattr(decoder, "gradient_checkpointing", False)
+    short = length <= PLAIN_ATTENTION_TOKENS
+    plain = on_cpu and torch.is_grad_enabled() and short and not recomputed
     with attention(model, "eager") if plain else nullcontext():
         hidden_BSD = decoder(input_ids=side.ids_BS, use_cache=False).last_hidden_state
     return side.take(hidden_BSD)

@@ -43,14 +43,15 @@ class SharedPrefix:
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
 
 
-def why_unsupported(model: Any, tokens: int) -> str | None:
-    """The reason why a model cannot share a prefix of so many tokens; `None` if it can."""
+def why_unsupported(model: Any) -> str | None:
+    """The reason why a model cannot share a prefix; `None` if it can."""
     model = causal_model(model)
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None)
-    if window and window <= tokens and kinds != {"full_attention"}:
-        return f"its attention window of {window} tokens is shorter than the context of {tokens}"
+    listed = getattr(config, "layer_types", None)
+    kinds = set(listed or (["sliding_attention"] if window else ["full_attention"]))
+    if window and kinds != {"full_attention"}:
+        return f"it attends to a window of {window} tokens, which the context may not fit into"
     if kinds != {"full_attention"} or getattr(config, "attn_logit_softcapping", None):
         return "its layers are not plain full attention"
     if not getattr(model, "_supports_attention_backend", False):

@@ -39,7 +39,8 @@ class Renderer:
         student = self.text(task.messages, self.config.student_thinking)
         teacher = self.text(with_context, self.config.teacher_thinking)
         self._check_openings(
-            _after(student, task.messages[-1].content), _after(teacher, with_context[-1].content)
+            self._opening(task.messages, self.config.student_thinking),
+            self._opening(with_context, self.config.teacher_thinking),
         )
         student_ids, teacher_ids = self.encode(student), self.encode(teacher)
         for side, ids in (("student", student_ids), ("teacher", teacher_ids)):
@@ -77,6 +78,11 @@ class Renderer:
     def preamble(self) -> str:
         """What the template itself puts before a first user message."""
         return self._apply([Message("user", MARK)], None).partition(MARK)[0]
+
+    def _opening(self, messages: Sequence[Message], thinking: bool | None) -> str:
+        """What the template puts between the last user turn and the answer."""
+        marked = (*messages[:-1], Message("user", MARK))
+        return self.text(marked, thinking).rpartition(MARK)[2]
 
     def _apply(self, messages: Sequence[Message], thinking: bool | None) -> str:
         if not self.tokenizer.chat_template:
@@ -147,8 +153,3 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
 def _fold_system(messages: Sequence[Message]) -> list[Message]:
     system, first, *rest = messages
     return [Message(first.role, f"{system.content}\n\n{first.content}"), *rest]
-
-
-def _after(text: str, content: str) -> str:
-    """What the template puts after the last user turn; templates may trim that turn."""
-    return text.rpartition(content.strip())[2].lstrip()

@@ -12,6 +12,7 @@ runs/NAME/
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -77,6 +78,8 @@ def create_run(config: Run, overwrite: bool = False) -> RunFolder:
         RunFolderError: it exists and may not be overwritten.
     """
     folder = RunFolder(config.out / config.name)
+    if folder.path.is_file():
+        raise RunFolderError(f"{folder.path} is a file; give name=... another value")
     if folder.path.exists():
         if not overwrite:
             raise RunFolderError(
@@ -121,22 +124,26 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Add one line for each row."""
+    """Add one line for each row; JSON has no nan or infinity, so they become null."""
     with path.open("a", encoding="utf-8") as stream:
         for row in rows:
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            finite = {key: None if _is_nonfinite(value) else value for key, value in row.items()}
+            stream.write(json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a file; a last line that was cut off by a crash is left out."""
     if not path.is_file():
         return
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            yield json.loads(line)
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+        yield json.loads(line)
 
 
 def rewind_jsonl(path: Path, steps: int) -> None:
     """Drop the rows of steps from `steps` on, which a resumed run will write again."""
     rows = [row for row in read_jsonl(path) if row["step"] < steps]
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _is_nonfinite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

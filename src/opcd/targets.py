@@ -22,7 +22,7 @@ def resolve(target: str) -> Callable[..., Any]:
         sys.path.append(here)
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError) as error:
         raise ConfigError(
             f"target = {target!r} cannot be imported ({error}); install its package or start "
             "opcd in the folder where it lies"

@@ -65,7 +65,8 @@ def read_row(row: Mapping[str, Any], task_id: str, where: str, group_by: str | N
         TaskError: there is no prompt, or it is not a text or a conversation ending with a user.
     """
     row = {ALIASES.get(key, key): value for key, value in row.items()}
-    if not row.get("prompt"):
+    prompt = row.get("prompt")
+    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
         raise TaskError(
             f"{where}: no prompt; its columns are {sorted(row)}. Name the column "
             '"prompt", or map it with columns = {prompt = "your name"}'
@@ -79,7 +80,7 @@ def read_row(row: Mapping[str, Any], task_id: str, where: str, group_by: str | N
     if context is not None and not isinstance(context, str):
         raise TaskError(f"{where}: context is a {type(context).__name__}; it must be a text")
     return Task(
-        id=str(row.get("id", task_id)),
+        id=task_id if row.get("id") is None else str(row["id"]),
         messages=_read_messages(row["prompt"], where),
         answer=row.get("answer"),
         context=context,
@@ -179,6 +180,8 @@ def _read_messages(prompt: Any, where: str) -> tuple[Message, ...]:
         return (Message("user", prompt),)
     try:
         messages = tuple(Message(turn["role"], turn["content"]) for turn in prompt)
+        if not all(isinstance(message.content, str) for message in messages):
+            raise TypeError("a turn's content is no text")
     except (TypeError, KeyError) as error:
         raise TaskError(
             f'{where}: prompt is neither a text nor a list of {{"role", "content"}} turns'

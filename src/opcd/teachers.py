@@ -135,7 +135,7 @@ class LocalTeacher:
         """
         if self.moves:
             return "the teacher's weights move"
-        if reason := why_unsupported(self.model, len(ids)):
+        if reason := why_unsupported(self.model):
             return reason
         with self._ready(), torch.no_grad():
             prefix = read_prefix(self.model, ids)

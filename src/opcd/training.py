@@ -96,7 +96,8 @@ def train(config: Run, resume: bool = False, overwrite: bool = False) -> Outcome
                 write_checkpoint(parts, trainer, best, folder)
             if stop:
                 break
-    stopped_by = interruption.signals[0] if interruption.signals else None
+    early = trainer.step < config.steps
+    stopped_by = interruption.signals[0] if interruption.signals and early else None
     return Outcome(folder, trainer.step, best, stopped_by)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from opcd.errors import ModelError
@@ -48,7 +49,9 @@ def load_model(path: str, dtype: torch.dtype, revision: str | None = None) -> An
         model = AutoModelForCausalLM.from_pretrained(
             locate(path), dtype=dtype, revision=revision, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(_unreadable("model", path, error)) from error
     return model.eval()
 
@@ -63,7 +66,9 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
         return AutoTokenizer.from_pretrained(
             locate(path), revision=revision, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(_unreadable("tokenizer", path, error)) from error
 
 
@@ -77,7 +82,9 @@ def positions(path: str, revision: str | None = None) -> int:
         config = AutoConfig.from_pretrained(
             locate(path), revision=revision, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(_unreadable("configuration", path, error)) from error
     return getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
 

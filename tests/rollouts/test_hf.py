@@ -74,12 +74,11 @@ def test_greedy_answers_are_those_of_generate(model: Any, common_end: int) -> No
 
 @pytest.mark.parametrize("prompts", [PROMPTS, BEHIND], ids=["plain", "shared prefix"])
 @pytest.mark.parametrize("rows", [1, 2, 3])
-def test_samples_do_not_depend_on_the_batch(
-    model: Any, common_end: int, prompts: list[Prompt], rows: int
-) -> None:
-    """Same seed and task id, same response: whatever the batch size and the order."""
-    ends = frozenset({common_end})
+def test_samples_do_not_depend_on_the_batch(model: Any, prompts: list[Prompt], rows: int) -> None:
+    """Same seed and task id, same response: whatever the batch size, the order, and who leaves."""
+    ends = frozenset(range(0, 300, 6))
     wanted = answers(engine_of(model, 8, ends), prompts, WARM)
+    assert len({len(answer) for answer in wanted}) > 2, "rows leave at different steps"
     assert answers(engine_of(model, rows, ends), prompts, WARM) == wanted
     backwards = answers(engine_of(model, rows, ends), prompts[::-1], WARM)
     assert backwards[::-1] == wanted
@@ -135,7 +134,6 @@ def test_a_shared_prefix_is_read_once_and_changes_nothing(
     assert shared[0] == [generated(model, prompt) for prompt in BEHIND]
 
 
-@pytest.mark.xfail(strict=True, reason="a window without layer_types is taken for full attention")
 def test_a_sliding_window_is_respected_behind_a_shared_prefix() -> None:
     model = build(MistralConfig(**SHAPE, sliding_window=16), seed=3)
     found = answers(engine_of(model), BEHIND, Sampling())

@@ -87,11 +87,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     """
     path = Path(path)
     tree = _read_tree(path)
-    relative = _parse(tree, path)
-    tree = _absolute_paths(relative, path.parent, tree)
+    tree = _absolute_paths(_parse(tree, path), path.parent)
     for override in overrides:
         _apply_override(tree, override)
-    return _parse(tree, path)
+    return _parse(_absolute_paths(_parse(tree, path), Path.cwd()), path)
 
 
 def dump_config(run: Run) -> str:
@@ -131,16 +130,19 @@ def differences(ours: Run, theirs: Run) -> list[str]:
 def _read_tree(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{str(path)!r}: there is no such file; give the path of a run's TOML")
-    text = path.read_text(encoding="utf-8")
     try:
-        return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+        tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path.name}: not valid {path.suffix[1:].upper()}: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path.name}: a run is a table of keys, not a {type(tree).__name__}")
+    return tree
 
 
 def _parse(tree: Mapping[str, Any], path: Path) -> Run:
     try:
-        return Run.model_validate({"name": path.parent.name, **tree})
+        return Run.model_validate({"name": path.resolve().parent.name, **tree})
     except ValidationError as error:
         lines = [_explain(item) for item in error.errors()]
         raise ConfigError(f"{path.name}:\n" + "\n".join(lines)) from error
@@ -163,7 +165,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text
+        value = text.strip()
     *tables, leaf = key.strip().split(".")
     for table in tables:
         tree = tree.setdefault(table, {})
@@ -172,8 +174,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     tree[leaf] = value
 
 
-def _absolute_paths(run: Run, folder: Path, tree: dict[str, Any]) -> dict[str, Any]:
-    """Make relative paths of the file's own keys absolute; `out` stays the user's place."""
+def _absolute_paths(run: Run, folder: Path) -> dict[str, Any]:
+    """The tree with its relative paths taken from a folder; `out` stays the user's place."""
     tree = json.loads(json.dumps(run.model_dump(mode="json", exclude_unset=True)))
     for key, path in _paths_of(run):
         node: Any = tree
@@ -181,8 +183,11 @@ def _absolute_paths(run: Run, folder: Path, tree: dict[str, Any]) -> dict[str, A
         for part in parents:
             node = node[int(part) if part.isdigit() else part]
         node[leaf] = str((folder / path).resolve())
-    if (folder / run.model.path).is_dir():
-        tree.setdefault("model", {})["path"] = str((folder / run.model.path).resolve())
+    # A model may also be a hub id or an alias: only what lies there is a path.
+    for table in ("model", "teacher"):
+        name = getattr(getattr(run, table), "path", None)
+        if name and (folder / name).exists():
+            tree.setdefault(table, {})["path"] = str((folder / name).resolve())
     return tree
 
 

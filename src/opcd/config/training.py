@@ -105,9 +105,10 @@ class Warmup(Section):
 
     direction: Direction = "forward_kl"
     steps: Count = 16
-    teacher_fraction: Share = 0.0
-    """`rollout.teacher_fraction` of these steps. Where the student gives the teacher's opening
-    almost no mass, its own answers show one token more of it every few steps."""
+    teacher_fraction: Share | None = None
+    """`rollout.teacher_fraction` of these steps; unset, that of all steps. Where the student gives
+    the teacher's opening almost no mass, its own answers show one token more of it every few
+    steps; the teacher's show all of it."""
 
 
 class Loss(Section):
@@ -201,7 +202,7 @@ class Batch(Section):
 
     prompts_per_step: Count = 18
     """Tasks and anchors together."""
-    rows_per_forward: Count = 16
+    rows_per_forward: Count = 8
     """Sequences in one forward and backward pass; gradients accumulate over the rest."""
 
 

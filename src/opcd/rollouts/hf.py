@@ -44,9 +44,10 @@ class HFEngine:
         """
         self._student = student
         self._base = base
-        self._end_ids = end_ids
+        self.end_ids = end_ids
         self._batch_rows = batch_rows
         self._loaded: tuple[Policy, int] | None = None
+        self._prefix: SharedPrefix | None = None
         plain = causal_model(student)
         self._copy = AutoModelForCausalLM.from_config(plain.config, dtype=dtype)
         self._copy.to(plain.device).eval().requires_grad_(False)
@@ -62,7 +63,7 @@ class HFEngine:
         own = dict(self._copy.named_parameters())
         for name, weight in weights:
             own[name].copy_(weight)
-        self._loaded = (policy, version)
+        self._loaded, self._prefix = (policy, version), None
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
@@ -79,9 +80,12 @@ class HFEngine:
 
     def _read_shared(self, prompts: Sequence[Prompt]) -> SharedPrefix | None:
         shared = common_prefix([prompt.ids for prompt in prompts])
-        if len(prompts) < 2 or shared < MIN_PREFIX_TOKENS or why_unsupported(self._copy, shared):
+        if len(prompts) < 2 or shared < MIN_PREFIX_TOKENS or why_unsupported(self._copy):
             return None
-        return read_prefix(self._copy, prompts[0].ids[:shared])
+        ids = prompts[0].ids[:shared]
+        if self._prefix is None or self._prefix.ids != ids:
+            self._prefix = read_prefix(self._copy, ids)
+        return self._prefix
 
     def _decode(
         self, prompts: Sequence[Prompt], prefix: SharedPrefix | None, sampling: Sampling
@@ -102,7 +106,7 @@ class HFEngine:
             keep = [
                 i
                 for i, (row, token) in enumerate(zip(active, tokens, strict=True))
-                if token not in self._end_ids and step + 1 < prompts[row].max_new_tokens
+                if token not in self.end_ids and step + 1 < prompts[row].max_new_tokens
             ]
             if not keep:
                 break
@@ -114,7 +118,7 @@ class HFEngine:
             ids_BS = tokens_B.unsqueeze(-1)
             mask_BS = torch.cat([mask_BS, torch.ones_like(ids_BS)], dim=-1)
         return [
-            Rollout(prompt.task_id, tuple(response), finished=response[-1] in self._end_ids)
+            Rollout(prompt.task_id, tuple(response), finished=response[-1] in self.end_ids)
             for prompt, response in zip(prompts, responses, strict=True)
         ]
 
@@ -138,12 +142,13 @@ class HFEngine:
 def choose(logits_BV: Tensor, uniforms_B: Tensor, sampling: Sampling) -> Tensor:
     """The next token of each row: the likeliest, or the one that the uniform number falls on.
 
-    The inverse of the cumulative distribution, in float64, so that a draw is a function of its
-    number alone.
+    The inverse of the cumulative distribution, in float64 where the device has it, so that a draw
+    is a function of its number alone.
     """
     if sampling.temperature == 0.0:
         return logits_BV.argmax(-1)
-    probs_BV = (logits_BV.double() / sampling.temperature).softmax(-1)
+    precise = torch.float32 if logits_BV.device.type == "mps" else torch.float64
+    probs_BV = (logits_BV.to(precise) / sampling.temperature).softmax(-1)
     if sampling.top_p < 1.0:
         sorted_BV, order_BV = probs_BV.sort(-1, descending=True)
         # A token stays while the mass of those before it is below top_p: the first always does.
