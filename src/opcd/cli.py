@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +31,8 @@ def main() -> None:
     # transformers' own bars and notices would drown the run's.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # PEFT asks transformers by an old name; neither is the user's to mend.
+    warnings.filterwarnings("ignore", ".is_gradient_checkpointing.", FutureWarning)
     try:
         app()
     except OpcdError as error:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from opcd.batching import padded_width
 from opcd.models import base_weights, causal_model, merged_weights, output_head
 from opcd.prefix_cache import SharedPrefix, forward_after_prefix, read_prefix, why_unsupported
 from opcd.rendering import common_prefix
@@ -160,7 +161,7 @@ def choose(logits_BV: Tensor, uniforms_B: Tensor, sampling: Sampling) -> Tensor:
 
 
 def _pad_left(rows: Sequence[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:
-    width = max(len(row) for row in rows)
+    width = padded_width(rows)
     ids = [(0,) * (width - len(row)) + row for row in rows]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
