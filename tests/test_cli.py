@@ -153,11 +153,13 @@ def test_messages_are_not_read_as_markup(opcd: Opcd, tmp_path: Path) -> None:
     assert "remove [grader]" in err
 
 
-def test_check_finds_a_row_without_an_answer_for_a_json_grader(opcd: Opcd, tmp_path: Path) -> None:
+def test_check_finds_a_row_without_an_answer_for_a_choice_grader(
+    opcd: Opcd, tmp_path: Path
+) -> None:
     path = write_run(tmp_path / "recipe")
     with (path.parent / "test.jsonl").open("a") as stream:
         stream.write('{"prompt": "new?"}\n')
-    code, _, err = opcd("check", path, "grader={type='json', keys={a=['b']}}")
+    code, _, err = opcd("check", path, "grader={type='choice', choices=['a', 'b']}")
     assert (code, "has no answer" in err) == (2, True)
 
 

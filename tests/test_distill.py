@@ -119,8 +119,8 @@ def test_portions_change_nothing(tiny_model_path: Path, tmp_path: Path) -> None:
     assert sums[0] == pytest.approx(sums[2], rel=1e-5)
     assert sums[1] == pytest.approx(sums[2], rel=1e-5)
     for name, whole in grads[2].items():
-        torch.testing.assert_close(grads[0][name], whole, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(grads[1][name], whole, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(grads[0][name], whole, rtol=1e-4, atol=5e-6)
+        torch.testing.assert_close(grads[1][name], whole, rtol=1e-4, atol=5e-6)
 
 
 def test_portions_hold_one_origin_and_lose_nobody() -> None:

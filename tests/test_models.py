@@ -30,7 +30,7 @@ from opcd.models import (
 from tiny import SHAPE, build, nudge, pair_of, reverse_kl, rollout_of
 from worlds import tiny_llama, tokenizer
 
-LORA = Lora(rank=4, alpha=8.0)
+LORA = Lora(rank=4, alpha=8)
 IDS_BS = torch.tensor([[7, 8, 9, 10, 11, 12]])
 HEADS = {
     "llama": LlamaConfig(**SHAPE),

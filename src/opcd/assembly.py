@@ -78,8 +78,6 @@ def assemble(config: Run) -> Parts:
     check_runnable(config)
     accelerator = build_accelerator(config)
     set_seed(config.seed)
-    # The far tails of a softmax are denormal numbers, on which a CPU is many times slower.
-    torch.set_flush_denormal(True)
     tokenizer = weights.load_tokenizer(config.model.path, config.model.revision)
     dtype = weights.auto_dtype(config.model.dtype, accelerator.device)
     student = _load_student(config, accelerator.device, dtype)
@@ -218,6 +216,7 @@ def _build_teachers(
     config: Run, accelerator: Accelerator, dtype: torch.dtype, student: Any, tokenizer: Any
 ) -> tuple[LocalTeacher, LocalTeacher]:
     """The tasks' teacher and the base model, one object where they are the same."""
+    autocast: Any = accelerator.autocast
 
     def frozen(path: str | None) -> Any:
         if path:
@@ -228,7 +227,7 @@ def _build_teachers(
 
     def build(teacher: Any) -> LocalTeacher:
         other = frozen(teacher.path) if isinstance(teacher, training.Frozen) else None
-        return build_teacher(teacher, student, other, accelerator.autocast)
+        return build_teacher(teacher, student, other, autocast)
 
     lora = config.model.tuning.type == "lora"
     base = training.AdapterOff() if lora else training.Frozen()

@@ -209,7 +209,8 @@ def update(parts: Parts, trainer: Trainer, tally: Tally) -> float:
     """
     config, weights = parts.config.optimizer, list(trainable(parts.distiller).values())
     tally.gather(parts.accelerator)
-    norm = float(parts.accelerator.clip_grad_norm_(weights, config.clip_norm))
+    clipped: Any = parts.accelerator.clip_grad_norm_(weights, config.clip_norm)
+    norm = float(clipped)
     tally.sums["grad_norm"] = norm
     lr = trainer.optimizer.param_groups[0]["lr"]
     if math.isfinite(norm) and math.isfinite(tally.sums["loss_nats"]):

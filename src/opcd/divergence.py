@@ -146,8 +146,9 @@ def _loss(
             return score_function(student_CV, teacher_CV, response_C)
         case TopK(tail=tail):
             assert ids_CK is not None, "a top-k support has ids"
-            sides = (restrict(side_CV, ids_CK, tail) for side_CV in (student_CV, teacher_CV))
-            return divergence(*sides, loss.direction, loss.jsd_beta)
+            student_CK = restrict(student_CV, ids_CK, tail)
+            teacher_CK = restrict(teacher_CV, ids_CK, tail)
+            return divergence(student_CK, teacher_CK, loss.direction, loss.jsd_beta)
 
 
 def _log_probs(logits_CV: Tensor, temperature: float) -> Tensor:

@@ -82,7 +82,7 @@ def tune(model: Any, tuning: Lora | Full, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            tuned = get_peft_model(model, lora)
+            tuned: Any = get_peft_model(model, lora)
         except ValueError as error:
             raise ModelError(
                 f"model.tuning.targets = {tuning.targets!r}: {error}; name modules of this model, "
@@ -102,7 +102,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def adapter_off(model: Any) -> AbstractContextManager[Any]:
+def adapter_off(model: Any) -> AbstractContextManager[Any, Any]:
     """Within it, a LoRA model answers as its base model."""
     return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
 
@@ -199,7 +199,7 @@ def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
 
     Names are those of the untouched base model, so that a plain copy of it can take them.
     """
-    deltas = {
+    deltas: dict[str, Any] = {
         f"{name}.base_layer.weight": layer
         for name, layer in causal_model(model).named_modules()
         if isinstance(layer, LoraLayer)

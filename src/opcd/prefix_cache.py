@@ -69,8 +69,9 @@ def read_prefix(model: Any, ids: Sequence[int]) -> SharedPrefix:
         decoder(input_ids=part_P.unsqueeze(0), past_key_values=cache, use_cache=True)
     # Under autocast the cache keeps float32, which attention would turn into bfloat16 every time.
     autocast = torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if autocast else cache.layers[0].keys.dtype
-    layers = [(layer.keys[0].to(dtype), layer.values[0].to(dtype)) for layer in cache.layers]
+    read: Any = cache.layers
+    dtype = torch.get_autocast_dtype(device.type) if autocast else read[0].keys.dtype
+    layers = [(layer.keys[0].to(dtype), layer.values[0].to(dtype)) for layer in read]
     return SharedPrefix(*(tuple(part) for part in zip(*layers, strict=True)), ids=tuple(ids))
 
 

@@ -135,7 +135,7 @@ def render_pairs(
     return pairs, dropped
 
 
-def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+def common_prefix(sequences: Sequence[tuple[int, ...]]) -> int:
     """How many tokens all sequences begin with; their last token never counts.
 
     The last prompt token is left to each sequence because its logits predict the response.

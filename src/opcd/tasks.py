@@ -7,14 +7,16 @@ tokens.
 
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, get_args
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar, get_args
 
 from opcd.config.inputs import SPLITS, Generator, HubDataset, Jsonl, Source
 from opcd.config.inputs import Tasks as TasksConfig
 from opcd.errors import TaskError
 from opcd.targets import resolve
 from opcd.types import Message, Role, Task
+
+Row = TypeVar("Row")
 
 ALIASES = {"messages": "prompt", "privileged_context": "context"}
 
@@ -88,7 +90,7 @@ def read_row(row: Mapping[str, Any], task_id: str, where: str, group_by: str | N
     )
 
 
-def shuffle(tasks: Sequence[Task], seed: int, epoch: int = 0) -> list[Task]:
+def shuffle(tasks: Sequence[Row], seed: int, epoch: int = 0) -> list[Row]:
     """The tasks in an order that depends on seed and epoch alone."""
     order = list(tasks)
     random.Random(f"{seed}/{epoch}").shuffle(order)
@@ -112,12 +114,12 @@ def split_groups(tasks: Sequence[Task], share: float, seed: int) -> tuple[list[T
     return kept, taken
 
 
-def draw(tasks: Sequence[Task], count: int, step: int, seed: int) -> list[Task]:
+def draw(tasks: Sequence[Row], count: int, step: int, seed: int) -> list[Row]:
     """The tasks of one step: every epoch is shuffled anew, and a step may span two.
 
     A pure function of its arguments, so that a resumed run sees what it would have seen.
     """
-    drawn: list[Task] = []
+    drawn: list[Row] = []
     start = step * count
     while len(drawn) < count:
         epoch, offset = divmod(start + len(drawn), len(tasks))
@@ -148,7 +150,7 @@ def check_leaks(splits: Mapping[str, Sequence[Task]]) -> None:
 def _read(source: Source, seed: int) -> Iterator[Mapping[str, Any]]:
     match source:
         case Jsonl():
-            rows: Iterable[Any] = _read_jsonl(source)
+            rows: Any = _read_jsonl(source)
         case HubDataset():
             from datasets import load_dataset
 
@@ -156,7 +158,7 @@ def _read(source: Source, seed: int) -> Iterator[Mapping[str, Any]]:
         case Generator():
             yield from resolve(source.target)(seed=seed, **source.arguments)
             return
-    names = {theirs: ours for ours, theirs in source.columns.items()}
+    names: dict[Any, str] = {theirs: ours for ours, theirs in source.columns.items()}
     for row in rows:
         yield {names.get(key, key): value for key, value in row.items()}
 
@@ -182,9 +184,11 @@ def _read_messages(prompt: Any, where: str) -> tuple[Message, ...]:
         messages = tuple(Message(turn["role"], turn["content"]) for turn in prompt)
         if not all(isinstance(message.content, str) for message in messages):
             raise TypeError("a turn's content is no text")
+        if not messages[-1].content.strip():
+            raise TypeError("the last turn is blank")
     except (TypeError, KeyError) as error:
         raise TaskError(
-            f'{where}: prompt is neither a text nor a list of {{"role", "content"}} turns'
+            f'{where}: prompt is neither a text nor a list of {{"role", "content"}} turns ({error})'
         ) from error
     roles = [message.role for message in messages]
     if set(roles) - set(get_args(Role)) or "system" in roles[1:] or roles[-1] != "user":

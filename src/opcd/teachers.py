@@ -65,7 +65,7 @@ class Shadow:
     """Other values for a model's trainable weights, which can take their place for a while."""
 
     model: nn.Module
-    follow: Callable[[int, Tensor, Tensor], None]
+    follow: Callable[[int, Tensor, Tensor], object]
     """`(step, shadow, live)`: move the shadow weight in place."""
     weights: dict[str, Tensor] = field(init=False)
 
@@ -98,8 +98,8 @@ class LocalTeacher:
     """A teacher in this process: a model, and a context manager that gives it its weights."""
 
     model: Any
-    as_teacher: Callable[[], AbstractContextManager[Any]]
-    autocast: Callable[[], AbstractContextManager[Any]]
+    as_teacher: Callable[[], AbstractContextManager[Any, Any]]
+    autocast: Callable[[], AbstractContextManager[Any, Any]]
     moves: bool = False
     shadow: Shadow | None = None
     prefix: SharedPrefix | None = None
@@ -189,7 +189,7 @@ def build_teacher(
     config: training.TeacherConfig,
     student: Any,
     frozen: Any,
-    autocast: Callable[[], AbstractContextManager[Any]],
+    autocast: Callable[[], AbstractContextManager[Any, Any]],
 ) -> LocalTeacher:
     """The teacher that a `[teacher]` table describes.
 

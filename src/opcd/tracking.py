@@ -95,7 +95,9 @@ def _progress_bar(console: Console, disable: bool) -> Progress:
 def _open_trackers(config: Run, folder: RunFolder, accelerator: Accelerator) -> None:
     try:
         accelerator.project_configuration.set_directories(str(folder.path))
-        accelerator.log_with = list(config.tracking.trackers)
+        # It takes the names when it is made, before there is a run's folder to log into.
+        opened: Any = accelerator
+        opened.log_with = list(config.tracking.trackers)
         accelerator.init_trackers("opcd", init_kwargs={})
     except (ValueError, ImportError) as error:
         raise ConfigError(

@@ -6,7 +6,7 @@ Drives `opcd.distill`: validates, keeps the best weights, writes checkpoints, st
 import json
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,7 +84,11 @@ def train(config: Run, resume: bool = False, overwrite: bool = False) -> Outcome
     if resume:
         best = restore(parts, trainer, folder)
     interruption = Interruption()
-    with Tracker(config, folder, parts.accelerator) as tracker, interruption.listening():
+    with (
+        Tracker(config, folder, parts.accelerator) as tracker,
+        interruption.listening(),
+        flushed_denormals(),
+    ):
         for note in parts.notes:
             tracker.say(note)
         for report in distill(parts, trainer):
@@ -99,6 +103,16 @@ def train(config: Run, resume: bool = False, overwrite: bool = False) -> Outcome
     early = trainer.step < config.steps
     stopped_by = interruption.signals[0] if interruption.signals and early else None
     return Outcome(folder, trainer.step, best, stopped_by)
+
+
+@contextmanager
+def flushed_denormals() -> Iterator[None]:
+    """Within it, a CPU takes the far tails of a softmax for zero: as denormals they are slow."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def due(done: int, every: int, last: int) -> bool:
@@ -248,7 +262,7 @@ def _rollout_row(parts: Parts, step: int, answered: Answered) -> dict[str, Any]:
     }
 
 
-def _rank(metrics: dict[str, Any], name: str) -> Sequence[float]:
+def _rank(metrics: dict[str, Any], name: str) -> tuple[float, ...]:
     kl_nats = metrics["kl_nats_per_token"]
     return (-kl_nats,) if name == "kl_nats_per_token" else (metrics[name], -kl_nats)
 

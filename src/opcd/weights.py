@@ -133,7 +133,7 @@ def auto_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def _convert(file: Path, folder: Path) -> None:
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     # transformers refuses to save a model that remembers being quantised, though it no longer is.
     del model.config.quantization_config
     model.hf_quantizer = None

@@ -16,7 +16,7 @@ class Lora(Section):
 
     type: Literal["lora"] = "lora"
     rank: Count = 32
-    alpha: Positive = 64.0
+    alpha: Count = 64
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     targets: str | tuple[str, ...] = "all-linear"
     """`all-linear`, or the names of the modules to adapt."""

@@ -26,7 +26,7 @@ class ScriptedEngine:
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
         """The script's responses, cut at `max_new_tokens` as an engine would."""
         del sampling
-        self.asked += [(self.policy, prompt.task_id) for prompt in prompts]
+        self.asked.extend((self.policy, prompt.task_id) for prompt in prompts)
         return [
             Rollout(
                 prompt.task_id,
