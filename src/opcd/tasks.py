@@ -158,9 +158,9 @@ def _read(source: Source, seed: int) -> Iterator[Mapping[str, Any]]:
         case Generator():
             yield from resolve(source.target)(seed=seed, **source.arguments)
             return
-    names: dict[Any, str] = {theirs: ours for ours, theirs in source.columns.items()}
+    names = {theirs: ours for ours, theirs in source.columns.items()}
     for row in rows:
-        yield {names.get(key, key): value for key, value in row.items()}
+        yield {names.get(str(key), str(key)): value for key, value in row.items()}
 
 
 def _read_jsonl(source: Jsonl) -> Iterator[dict[str, Any]]:
