@@ -51,8 +51,7 @@ class Tally:
 def release_memory() -> None:
     """Give freed memory back to the system, where the C library keeps it (glibc does).
 
-    Every step has tensors of other sizes, so what is kept is seldom reused: without this a run's
-    resident memory grows by a quarter in thirty steps.
+    Steps have tensors of other sizes, so what is kept is seldom reused.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

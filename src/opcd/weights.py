@@ -45,12 +45,11 @@ def load_model(path: str, dtype: torch.dtype, revision: str | None = None) -> An
     Raises:
         ModelError: it cannot be found or read.
     """
+    source = locate(path)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            locate(path), dtype=dtype, revision=revision, trust_remote_code=False
+            source, dtype=dtype, revision=revision, trust_remote_code=False
         )
-    except ModelError:
-        raise
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(_unreadable("model", path, error)) from error
     return model.eval()
@@ -62,12 +61,9 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
     Raises:
         ModelError: it cannot be found or read.
     """
+    source = locate(path)
     try:
-        return AutoTokenizer.from_pretrained(
-            locate(path), revision=revision, trust_remote_code=False
-        )
-    except ModelError:
-        raise
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(_unreadable("tokenizer", path, error)) from error
 
@@ -78,12 +74,9 @@ def positions(path: str, revision: str | None = None) -> int:
     Raises:
         ModelError: its configuration cannot be found or read.
     """
+    source = locate(path)
     try:
-        config = AutoConfig.from_pretrained(
-            locate(path), revision=revision, trust_remote_code=False
-        )
-    except ModelError:
-        raise
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(_unreadable("configuration", path, error)) from error
     return getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
