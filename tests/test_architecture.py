@@ -19,7 +19,7 @@ FLOORS = (
     ("errors", "types", "config", "config.*"),
     ("targets", "tasks", "contexts", "graders", "rendering", "anchors", "intervals"),
     ("divergence", "batching", "chunking"),
-    ("weights", "models", "prefix_cache", "teachers", "rollouts", "rollouts.*"),
+    ("weights", "adapters", "models", "prefix_cache", "teachers", "rollouts", "rollouts.*"),
     ("runs", "checkpoint", "tracking", "tally"),
     (
         "assembly",

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from opcd.adapters import adapter_off, trainable
 from opcd.assembly import Parts, assemble
 from opcd.config.training import Loss, Warmup
 from opcd.distill import (
@@ -22,7 +23,6 @@ from opcd.distill import (
     roll_out,
 )
 from opcd.errors import ConfigError, DivergedError, RolloutError
-from opcd.models import adapter_off, trainable
 from opcd.rollouts.engine import Prompt
 from opcd.rollouts.scripted import ScriptedEngine
 from opcd.tally import Tally

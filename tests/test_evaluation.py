@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from opcd.adapters import adapter_off
 from opcd.assembly import Parts, assemble
 from opcd.config.training import Loss
 from opcd.distill import answer
@@ -24,7 +25,6 @@ from opcd.evaluation import (
     validate,
 )
 from opcd.intervals import mcnemar
-from opcd.models import adapter_off
 from opcd.programs import evaluate_run, sample_run
 from opcd.rollouts.engine import Sampling
 from opcd.training import train
@@ -154,7 +154,7 @@ def test_scoring_goes_portion_by_portion_through_everything(parts: Parts) -> Non
 
 def test_validation_is_on_validation_rows_without_the_context(parts: Parts) -> None:
     found = validate(parts, 0)
-    assert found.keys() == {"step", "valid", "correct", "kl_nats_per_token"}
+    assert found.keys() == {"step", "rows", "valid", "correct", "kl_nats_per_token"}
     assert found["step"] == 0 and found["kl_nats_per_token"] > 0.05
 
 

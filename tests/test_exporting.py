@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from opcd import models
+from opcd import adapters
 from opcd.errors import ExportError, RunFolderError
 from opcd.exporting import export_run
 from opcd.programs import open_baked
@@ -41,7 +41,7 @@ def test_the_folder_loads_with_transformers_alone(trained: Outcome, tmp_path: Pa
         found = model(input_ids=torch.tensor([ids])).logits
         wanted = parts.student.eval()(input_ids=torch.tensor([ids])).logits
         base = parts.base.model
-        with models.adapter_off(base):
+        with adapters.adapter_off(base):
             before = base(input_ids=torch.tensor([ids])).logits
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
     assert (found - before).abs().max() > 0.1, "something was baked in"
@@ -60,7 +60,7 @@ def test_an_export_that_answers_otherwise_is_not_kept(
     trained: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The comparison is with the adapter unmerged, so a wrong merge cannot hide."""
-    merge = models.merge
+    merge = adapters.merge
 
     def sabotaged(model: Any) -> Any:
         plain = merge(model)
@@ -68,7 +68,7 @@ def test_an_export_that_answers_otherwise_is_not_kept(
             plain.get_output_embeddings().weight.mul_(-1)
         return plain
 
-    monkeypatch.setattr(models, "merge", sabotaged)
+    monkeypatch.setattr(adapters, "merge", sabotaged)
     with pytest.raises(ExportError, match=r"answers 16 of 16 prompts otherwise .*not kept"):
         export_run(trained.folder.path, tmp_path / "exported")
     assert not list(tmp_path.iterdir())

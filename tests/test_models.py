@@ -1,6 +1,6 @@
-"""`opcd.models`: heads, adapters, merged weights, and the forward pass that is trained."""
+"""`opcd.models`: heads, and the forward pass that is trained."""
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -8,25 +8,24 @@ import torch
 from torch import Tensor
 from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig, Qwen3Config
 
-from opcd.batching import collate
+from opcd import models
+from opcd.adapters import (
+    causal_model,
+    trainable,
+    tune,
+)
+from opcd.batching import Side, collate
 from opcd.config.training import Full, Lora, Loss
 from opcd.errors import ModelError
 from opcd.models import (
     Distiller,
-    adapter_off,
-    base_weights,
-    causal_model,
     check_head,
     check_same_vocabulary,
     hidden_states,
-    load_weights,
-    merge,
-    merged_weights,
     output_head,
-    save_weights,
-    trainable,
-    tune,
+    shared_opening,
 )
+from opcd.types import PromptPair
 from tiny import SHAPE, build, nudge, pair_of, reverse_kl, rollout_of
 from worlds import tiny_llama, tokenizer
 
@@ -85,77 +84,60 @@ def test_a_head_that_is_not_known_is_refused() -> None:
         check_head(model)
 
 
-def test_merged_weights_are_those_peft_merges() -> None:
-    """Names of the base model; what the rollout engine copies is what export writes."""
-    model = tuned()
-    before = logits(model)
-    merged = {name: weight.clone() for name, weight in merged_weights(model)}
-    wanted = dict(merge(model).named_parameters())
-    assert merged.keys() == wanted.keys()
-    for name, weight in wanted.items():
-        torch.testing.assert_close(merged[name], weight, rtol=1e-5, atol=1e-6)
-    copy = tiny_llama(seed=9)
-    copy.load_state_dict(merged)
-    torch.testing.assert_close(logits(copy), before, rtol=1e-4, atol=1e-4)
+def side_of(prompts: Sequence[tuple[int, ...]]) -> Side:
+    """What a student reads: these prompts, with responses of growing length."""
+    pairs = [PromptPair(str(row), prompt, prompt) for row, prompt in enumerate(prompts)]
+    rollouts = [rollout_of(pair.task_id, 2 + row) for row, pair in enumerate(pairs)]
+    return collate(pairs, rollouts).student
 
 
-def test_base_weights_are_the_first_ones() -> None:
-    first = dict(tiny_llama().named_parameters())
-    found = dict(base_weights(tuned()))
-    assert found.keys() == first.keys()
-    assert all(torch.equal(weight, first[name]) for name, weight in found.items())
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_an_opening_that_all_rows_share_is_read_once(
+    checkpointed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same hidden states and gradients as reading it with each row, in one forward less long."""
+    side = side_of([(*range(10, 29), 40 + row, *range(50, 50 + row)) for row in range(5)])
+    assert shared_opening(side) == 16, "19 shared tokens, in steps of 8"
+
+    def run(rows: int) -> tuple[Tensor, list[Tensor | None], list[int]]:
+        model, read = tuned(), []
+        if checkpointed:
+            causal_model(model).gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()
+        embed = model.get_input_embeddings()
+        embed.register_forward_hook(lambda _, ids, __: read.append(ids[0].numel()))
+        monkeypatch.setattr(models, "MIN_SHARING_ROWS", rows)
+        hidden_TD = hidden_states(model, side)
+        (hidden_TD * torch.arange(len(hidden_TD)).unsqueeze(-1)).sum().backward()
+        return hidden_TD.detach(), [p.grad for p in trainable(model).values()], read
+
+    whole_TD, whole_grads, whole_read = run(10**6)
+    shared_TD, shared_grads, shared_read = run(4)
+    torch.testing.assert_close(shared_TD, whole_TD, rtol=1e-4, atol=1e-5)
+    for ours, wanted in zip(shared_grads, whole_grads, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-3)
+    assert sum(whole_read) == side.ids_BS.numel()
+    assert sum(shared_read) == sum(whole_read) - (0 if checkpointed else 4 * 16)
 
 
-@pytest.mark.parametrize("copied", [merged_weights, base_weights])
-def test_a_model_without_adapter_is_copied_as_it_is(copied: Any) -> None:
-    model = tuned(Full())
-    own = dict(model.named_parameters())
-    found = dict(copied(model))
-    assert found.keys() == own.keys()
-    assert all(torch.equal(weight, own[name]) for name, weight in found.items())
+def test_an_opening_ends_before_the_first_response_token() -> None:
+    """All prompts alike: what predicts the first response token stays in each row."""
+    side = side_of([tuple(range(20))] * 4)
+    assert int(side.column_T.min()) == 19 and shared_opening(side) == 16
+    assert shared_opening(side_of([tuple(range(20))] * 3)) == 0, "too few rows"
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_an_adapter_on_a_tied_head_is_refused() -> None:
-    """Merged, it would change the input embeddings too."""
-    with pytest.raises(ModelError, match="shares its weights with the input embeddings"):
-        tuned(Lora(rank=4, targets=("lm_head",)), tie_word_embeddings=True)
-
-
-def test_with_its_adapter_off_a_student_is_its_base() -> None:
-    model, base = tuned(), logits(tiny_llama())
-    changed = logits(model)
-    with adapter_off(model):
-        assert torch.equal(logits(model), base)
-    assert torch.equal(logits(model), changed)
-    assert (changed - base).abs().max() > 0.1
-    with adapter_off(plain := tiny_llama()):
-        assert torch.equal(logits(plain), base)
-
-
-def test_tuning_depends_on_the_seed_alone() -> None:
-    torch.manual_seed(1)
-    first = trainable(tune(tiny_llama(), LORA, seed=5))
-    torch.manual_seed(2)
-    state = torch.get_rng_state()
-    second = trainable(tune(tiny_llama(), LORA, seed=5))
-    assert torch.equal(torch.get_rng_state(), state), "the run's own generator is left alone"
-    other = trainable(tune(tiny_llama(), LORA, seed=6))
-    assert all(torch.equal(weight, second[name]) for name, weight in first.items())
-    assert any(not torch.equal(weight, other[name]) for name, weight in first.items())
-
-
-def test_lora_trains_the_adapter_and_full_everything() -> None:
-    lora, full = tune(tiny_llama(), LORA, 0), tune(tiny_llama(), Full(), 0)
-    assert all("lora_" in name for name in trainable(lora))
-    assert {weight.dtype for weight in trainable(lora).values()} == {torch.float32}
-    assert trainable(full).keys() == dict(full.named_parameters()).keys()
-    assert causal_model(full) is full and causal_model(lora) is not lora
-
-
-def test_targets_that_are_not_there_are_named() -> None:
-    with pytest.raises(ModelError, match=r"model.tuning.targets = \('query',\).*all-linear"):
-        tune(tiny_llama(), Lora(targets=("query",)), 0)
+def test_logits_are_precise_whatever_the_weights_are() -> None:
+    """bfloat16 would round logits of 20 to 0.125; frozen weights are cast once, moved ones anew."""
+    model = tiny_llama().to(torch.bfloat16).requires_grad_(False)
+    weight, hidden_TD = model.get_output_embeddings().weight, 30 * torch.randn(5, 48)
+    head = output_head(model)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits_TV = head(hidden_TD)
+        torch.testing.assert_close(logits_TV, hidden_TD @ weight.float().T)
+        weight.mul_(-0.5)
 
 
 def test_tokenizers_of_one_vocabulary_pass() -> None:
@@ -171,27 +153,6 @@ def test_tokenizers_of_one_size_with_other_merges_are_refused() -> None:
     assert len(ours) == len(theirs)
     with pytest.raises(ModelError, match=r"different vocabularies: 'The quick brown fox.* is \["):
         check_same_vocabulary(ours, theirs)
-
-
-@pytest.mark.parametrize("tuning", [LORA, Full()], ids=["lora", "full"])
-def test_saved_weights_come_back(tmp_path: Path, tuning: Any) -> None:
-    model, fresh = tuned(tuning), tune(tiny_llama(), tuning, 1).eval()
-    assert not torch.allclose(logits(model), logits(fresh), atol=1e-2)
-    save_weights(model, tmp_path)
-    load_weights(fresh, tmp_path)
-    assert torch.equal(logits(fresh), logits(model))
-    assert not list(tmp_path.glob("*.bin"))
-
-
-@pytest.mark.parametrize("tuning", [LORA, Full()], ids=["lora", "full"])
-def test_weights_that_are_missing_or_of_another_shape_are_refused(
-    tmp_path: Path, tuning: Any
-) -> None:
-    with pytest.raises(ModelError, match="does not hold this run's weights"):
-        load_weights(tuned(tuning), tmp_path)
-    save_weights(tuned(tuning, hidden_size=24), tmp_path / "other")
-    with pytest.raises(ModelError, match="does not hold this run's weights"):
-        load_weights(tuned(tuning), tmp_path / "other")
 
 
 @pytest.mark.parametrize("tuning", [LORA, Full()], ids=["lora", "full"])

@@ -16,8 +16,8 @@ from transformers import (
 
 from opcd import prefix_cache
 from opcd.batching import collate
-from opcd.models import hidden_states, output_head
-from opcd.prefix_cache import SharedPrefix, forward_after_prefix, read_prefix, why_unsupported
+from opcd.models import hidden_states, output_head, why_no_prefix
+from opcd.prefix_cache import SharedPrefix, forward_after_prefix, read_prefix
 from tiny import SHAPE, build, pair_of, random_ids, rollout_of
 
 PREFIX = 70
@@ -59,7 +59,7 @@ def difference(model: Any) -> float:
 
 
 def test_cached_equals_uncached_on_ragged_batches(model: Any) -> None:
-    assert why_unsupported(model) is None
+    assert why_no_prefix(model) is None
     assert difference(model) < 1e-4
 
 
@@ -129,7 +129,7 @@ def test_left_padding_with_a_growing_cache_equals_full_prompts(model: Any) -> No
     ],
 )
 def test_windows_and_soft_caps_are_refused_with_a_reason(config: Any, reason: str) -> None:
-    found = why_unsupported(build(config))
+    found = why_no_prefix(build(config))
     assert found is not None and reason in found
 
 
@@ -137,7 +137,7 @@ def test_windows_and_soft_caps_are_refused_with_a_reason(config: Any, reason: st
 def test_a_window_in_every_layer_is_refused_too(window: int) -> None:
     """Mistral lists no layer types; 80 holds the prefix but not what comes after it."""
     model = build(MistralConfig(**SHAPE, sliding_window=window))
-    assert why_unsupported(model) is not None
+    assert why_no_prefix(model) is not None
 
 
 def test_the_attention_of_the_model_is_put_back(llama: Any) -> None:

@@ -9,11 +9,12 @@ from torch import Tensor
 from transformers import Gemma2Config
 
 from opcd import prefix_cache
+from opcd.adapters import trainable, tune
 from opcd.batching import collate
 from opcd.config import training
 from opcd.config.training import Full, Lora
 from opcd.errors import ConfigError
-from opcd.models import hidden_states, trainable, tune
+from opcd.models import hidden_states
 from opcd.teachers import LocalTeacher, Shadow, build_teacher
 from tiny import SHAPE, build, nudge, pair_of, random_ids, rollout_of
 from worlds import tiny_llama

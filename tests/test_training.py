@@ -19,7 +19,7 @@ from opcd.config.training import Checkpoint, Loss, TopK, Tracking
 from opcd.distill import StepReport, Trainer
 from opcd.errors import CheckpointError, ConfigError, RunFolderError
 from opcd.runs import RunFolder, append_jsonl, open_run, read_jsonl
-from opcd.training import Outcome, read_best, train
+from opcd.training import Outcome, is_better, read_best, train
 from tiny import make_run
 
 STEPS = 6
@@ -157,14 +157,34 @@ def test_two_interrupts_stop_at_once(
 
 
 def test_best_is_chosen_on_validation(uninterrupted: Outcome) -> None:
-    """By the grader's metric, ties by the lower KL; best.json says by what and when."""
+    """By the grader's metric, or the lower KL; best.json says by what and when."""
     rows = list(read_jsonl(uninterrupted.folder.validation))
     assert [row["step"] for row in rows] == [1, 3, 5]
-    wanted = max(rows, key=lambda row: (row["correct"], -row["kl_nats_per_token"]))
+    wanted = rows[0]
+    for row in rows[1:]:
+        wanted = row if is_better(row, wanted, "correct") else wanted
     best = read_best(uninterrupted.folder)
     assert best["step"] == wanted["step"] + 1 and best["chosen_by"] == "correct"
     assert best["kl_nats_per_token"] == wanted["kl_nats_per_token"]
     assert not (uninterrupted.folder.path / ".best").exists()
+
+
+@pytest.mark.parametrize(
+    ("correct", "kl_nats", "better"),
+    [
+        (0.70, 0.4, True),
+        (0.64, 0.6, False),
+        (0.64, 0.4, True),
+        (0.56, 0.4, True),
+        (0.5, 0.1, False),
+    ],
+)
+def test_a_few_rows_do_not_make_a_step_better(correct: float, kl_nats: float, better: bool) -> None:
+    """One standard error of 0.6 on 48 rows is 0.07; within it the KL decides."""
+    best = {"rows": 48, "correct": 0.6, "kl_nats_per_token": 0.5}
+    found = {"rows": 48, "correct": correct, "kl_nats_per_token": kl_nats}
+    assert is_better(found, best, "correct") == better
+    assert is_better(found, best, "kl_nats_per_token") == (kl_nats < 0.5)
 
 
 def test_best_may_be_an_earlier_step(tiny_model_path: Path, tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from opcd.adapters import trainable
 from opcd.assembly import Parts, assemble
 from opcd.config import Run, load_config
-from opcd.models import trainable
 from opcd.rollouts.engine import Prompt
 from opcd.rollouts.scripted import ScriptedEngine
 from opcd.types import PromptPair, Rollout

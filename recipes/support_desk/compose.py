@@ -45,7 +45,7 @@ def compose_split(split: str, source: dict[str, Any]) -> list[dict[str, Any]]:
         for number, template in enumerate(templates, start=1):
             name = f"{split}-{mood}-{number:03d}"
             for prompt in fill(template, source["slots"], source["fills"][split], rng):
-                answer = {"mood": mood, "escalate": source["escalate"][mood]}
+                answer = {"mood": mood, "team": source["team"][mood]}
                 rows.append({"prompt": prompt, "answer": answer, "template": name})
     rng.shuffle(rows)
     return [{"id": f"{split}-{number:04d}", **row} for number, row in enumerate(rows, start=1)]

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 
-from opcd import models, weights
+from opcd import adapters, models, weights
 from opcd.anchors import AnchorSet, load_anchors
 from opcd.config import Run, check_files, training
 from opcd.contexts import load_context
@@ -20,7 +20,7 @@ from opcd.rollouts.engine import RolloutEngine
 from opcd.rollouts.hf import MIN_PREFIX_TOKENS, HFEngine
 from opcd.tasks import load_splits
 from opcd.teachers import LocalTeacher, build_teacher
-from opcd.types import Context, PromptPair, Task
+from opcd.types import Answered, Context, PromptPair, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +52,17 @@ class Parts:
     """The student before training: the anchors' teacher."""
     engine: RolloutEngine
     teacher_engine: RolloutEngine
-    """Answers as the teacher; an engine of its own, if the teacher answers in training."""
+    """Answers as the teacher, under `base`; the same one, if the base model is the teacher."""
     notes: list[str] = field(default_factory=list)
     """What a user should know before the run: dropped rows, a cache that cannot be used."""
+
+    ahead: dict[int, list[Answered]] = field(default_factory=dict)
+    """The teacher's answers to tasks of steps to come."""
+
+    @property
+    def own_share(self) -> slice:
+        """Which of a step's rows are this process's."""
+        return slice(self.accelerator.process_index, None, self.accelerator.num_processes)
 
     def render_anchors(self, tasks: Sequence[Task]) -> list[PromptPair]:
         """Anchor prompts, the same for both sides."""
@@ -84,7 +92,7 @@ def assemble(config: Run) -> Parts:
     holds = weights.positions(config.model.path, config.model.revision)
     renderer = Renderer(tokenizer, config.rendering, max_prompt_tokens(config, holds))
     items, notes = render_splits(config, renderer)
-    student = models.tune(student, config.model.tuning, config.seed)
+    student = adapters.tune(student, config.model.tuning, config.seed)
     end_ids, rows = _end_ids(student, tokenizer), config.rollout.batch_rows
     teacher, base = _build_teachers(config, accelerator, dtype, student, tokenizer)
     notes += _share_prefix(teacher, items)
@@ -104,7 +112,7 @@ def assemble(config: Run) -> Parts:
         teacher=teacher,
         base=base,
         engine=engine,
-        teacher_engine=_teacher_engine(config, teacher, engine, dtype),
+        teacher_engine=_teacher_engine(config, teacher, engine),
         notes=notes,
     )
 
@@ -170,17 +178,13 @@ def _teacher_answers(config: Run) -> float:
     return max(config.rollout.teacher_fraction, (warmup and warmup.teacher_fraction) or 0.0)
 
 
-def _teacher_engine(
-    config: Run, teacher: LocalTeacher, engine: HFEngine, dtype: torch.dtype
-) -> HFEngine:
-    """The student's engine, unless the teacher is needed as well in every step.
-
-    Two copies of the weights then save copying them back and forth.
-    """
-    if not _teacher_answers(config):
+def _teacher_engine(config: Run, teacher: LocalTeacher, engine: HFEngine) -> HFEngine:
+    """The student's engine, if the base that it answers as is the teacher."""
+    if teacher.model is engine.base:
         return engine
-    model = teacher.model
-    return HFEngine(model, model, dtype, engine.end_ids, config.rollout.batch_rows)
+    return HFEngine(
+        teacher.model, teacher.model, engine.dtype, engine.end_ids, config.rollout.batch_rows
+    )
 
 
 def _load_student(config: Run, device: torch.device, dtype: torch.dtype) -> Any:
@@ -207,7 +211,7 @@ def max_prompt_tokens(config: Run, holds: int) -> int:
 
 
 def _end_ids(student: Any, tokenizer: Any) -> frozenset[int]:
-    configured = models.causal_model(student).generation_config.eos_token_id
+    configured = adapters.causal_model(student).generation_config.eos_token_id
     listed = configured if isinstance(configured, list) else [configured]
     return frozenset(i for i in (*listed, tokenizer.eos_token_id) if i is not None)
 

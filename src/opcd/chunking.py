@@ -1,10 +1,11 @@
-"""Head and divergence over slices of tokens, recomputed in the backward pass.
+"""Head and divergence over slices of tokens, with the memory of one slice.
 
 The only place that ever sees `[C, V]` logits: neither side's `[T, V]` exists. Knows of a model
 only its head, a function from hidden states to logits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,8 +28,9 @@ def chunked_stats(
 ) -> TokenStats:
     """`token_stats` of all tokens with the memory of `loss.chunk_tokens`.
 
-    Values and gradients are those of the unchunked computation; the heads run once more in the
-    backward pass.
+    Values and gradients are those of the unchunked computation. A head that is trained runs once
+    more in the backward pass; one that is not runs once, since the gradient of a hidden state
+    is then known as soon as its divergence is.
 
     Args:
         student_TD: the student's hidden states at the response positions, with gradient.
@@ -47,8 +49,46 @@ def chunked_stats(
         width = min(student_CV.shape[-1], teacher_CV.shape[-1])
         return token_stats(student_CV[:, :width], teacher_CV[:, :width], response_C, loss)
 
-    slices = (side_T.split(loss.chunk_tokens) for side_T in (student_TD, teacher_TD, response_T))
-    chunks = [
-        checkpoint(one_chunk, *parts, use_reentrant=False) for parts in zip(*slices, strict=True)
-    ]
+    def slices(*sides: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        return zip(*(side_T.split(loss.chunk_tokens) for side_T in sides), strict=True)
+
+    def stats_and_gradient(student_TD: Tensor) -> tuple[TokenStats, Tensor]:
+        found, gradients = [], []
+        for student_CD, *rest in slices(student_TD, teacher_TD, response_T):
+            leaf_CD = student_CD.detach().requires_grad_()
+            with torch.enable_grad():
+                stats = one_chunk(leaf_CD, *rest)
+                gradients += torch.autograd.grad(stats.divergence_T.sum(), leaf_CD)
+            found.append(TokenStats(*(column.detach() for column in stats)))
+        return _join(found), torch.cat(gradients)
+
+    if not torch.is_grad_enabled():
+        return _join([one_chunk(*part) for part in slices(student_TD, teacher_TD, response_T)])
+    if not student_head(student_TD[:1].detach()).requires_grad:
+        return TokenStats(*_FrozenHead.apply(student_TD, stats_and_gradient))
+    parts = slices(student_TD, teacher_TD, response_T)
+    return _join([checkpoint(one_chunk, *part, use_reentrant=False) for part in parts])
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Divergences together with the gradients of their hidden states.
+
+    A token's divergence hangs on no other token's hidden state, so the gradient of their sum holds
+    that of each, and the backward pass only has to scale it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student_TD: Tensor, run: Callable[..., Any]) -> tuple[Tensor, ...]:
+        stats, gradient_TD = run(student_TD)
+        ctx.save_for_backward(gradient_TD)
+        ctx.mark_non_differentiable(*stats[1:])
+        return tuple(stats)
+
+    @staticmethod
+    def backward(ctx: Any, *weights: Any) -> tuple[Tensor, None]:
+        (gradient_TD,), weight_T = ctx.saved_tensors, weights[0]
+        return (gradient_TD * weight_T.unsqueeze(-1)).to(gradient_TD.dtype), None
+
+
+def _join(chunks: list[TokenStats]) -> TokenStats:
     return TokenStats(*(torch.cat(column) for column in zip(*chunks, strict=True)))

@@ -10,31 +10,26 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from opcd.adapters import trainable
 from opcd.assembly import Parts
 from opcd.batching import collate
 from opcd.config import Run
 from opcd.config.training import Direction, Loss
 from opcd.divergence import TokenStats
 from opcd.errors import DivergedError, RolloutError
-from opcd.models import trainable
 from opcd.rollouts.engine import Prompt, RolloutEngine, Sampling
 from opcd.tally import Tally, peak_bytes, release_memory
 from opcd.tasks import draw
-from opcd.types import PromptPair, Rollout
+from opcd.types import Answered, PromptPair
 
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """A prompt pair with the response that both sides score."""
-
-    pair: PromptPair
-    rollout: Rollout
+AHEAD_STEPS = 10
+"""Steps whose teacher's answers are generated together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,18 +81,42 @@ def roll_out(parts: Parts, step: int) -> list[Answered]:
     (off-policy), the rest and all anchors by the student.
     """
     config, seed = parts.config, f"{parts.config.seed}/{step}"
-    mine = slice(parts.accelerator.process_index, None, parts.accelerator.num_processes)
-    items = draw(parts.items["train"], config.tasks_per_step, step, config.seed)[mine]
-    anchors = parts.render_anchors(parts.anchors.draw(config.anchors_per_step, seed)[mine])
-    pairs = [item.pair for item in items]
-    cut = round(len(pairs) * teacher_fraction_at(config, step))
-    sampling = Sampling(config.rollout.temperature, config.rollout.top_p, seed)
-    answered: list[Answered] = []
-    if cut:
-        parts.teacher_engine.use("base", 0)
-        answered += answer(config, parts.teacher_engine, pairs[:cut], sampling, with_context=True)
+    answered = answer_as_teacher(parts, step)
+    tasks = draw_tasks(parts, step)[len(answered) :]
+    drawn = parts.anchors.draw(config.anchors_per_step, seed)
+    anchors = parts.render_anchors(drawn[parts.own_share])
     parts.engine.use("student", step)
-    return answered + answer(config, parts.engine, [*pairs[cut:], *anchors], sampling)
+    sampling = Sampling(config.rollout.temperature, config.rollout.top_p, seed)
+    return answered + answer(config, parts.engine, [*tasks, *anchors], sampling)
+
+
+def draw_tasks(parts: Parts, step: int) -> list[PromptPair]:
+    """This process's share of a step's tasks."""
+    config = parts.config
+    items = draw(parts.items["train"], config.tasks_per_step, step, config.seed)
+    return [item.pair for item in items[parts.own_share]]
+
+
+def answer_as_teacher(parts: Parts, step: int) -> list[Answered]:
+    """The tasks of a step that the teacher answers, with its responses.
+
+    It stands still, so it answers those of `AHEAD_STEPS` steps at a time: many rows cost little
+    more than few. Where the windows begin does not depend on where a run was resumed.
+    """
+    config = parts.config
+    if step not in parts.ahead:
+        start = step - step % AHEAD_STEPS
+        steps = range(start, min(start + AHEAD_STEPS, config.steps))
+        pairs = {s: draw_tasks(parts, s) for s in steps}
+        pairs = {s: p[: round(len(p) * teacher_fraction_at(config, s))] for s, p in pairs.items()}
+        parts.teacher_engine.use("base", 0)
+        sampling = Sampling(
+            config.rollout.temperature, config.rollout.top_p, f"{config.seed}/teacher/{start}"
+        )
+        everything = [pair for of_step in pairs.values() for pair in of_step]
+        found = iter(answer(config, parts.teacher_engine, everything, sampling, with_context=True))
+        parts.ahead = {s: list(islice(found, len(of_step))) for s, of_step in pairs.items()}
+    return parts.ahead[step]
 
 
 def answer(

@@ -14,12 +14,12 @@ import torch
 from opcd.assembly import Item, Parts
 from opcd.batching import collate
 from opcd.config.training import Loss
-from opcd.distill import Answered, answer, cut_portions
+from opcd.distill import answer, cut_portions
 from opcd.divergence import TokenStats
 from opcd.errors import TaskError
 from opcd.intervals import estimate, mcnemar
 from opcd.rollouts.engine import Sampling
-from opcd.types import Condition, Score
+from opcd.types import Answered, Condition, Score
 
 CONDITIONS: tuple[Condition, ...] = ("base", "in_context", "baked")
 
@@ -74,7 +74,7 @@ def validate(parts: Parts, step: int) -> dict[str, float]:
     names = graded[0].score.metrics
     metrics = {name: _mean([g.score.metrics[name] for g in graded]) for name in names}
     kl_nats = [kl for _, stats in score(parts, answered, Loss()) for kl in stats.kl_T.tolist()]
-    return {"step": step, **metrics, "kl_nats_per_token": _mean(kl_nats)}
+    return {"step": step, "rows": len(items), **metrics, "kl_nats_per_token": _mean(kl_nats)}
 
 
 def rows_of(parts: Parts, split: str, limit: int | None) -> list[Item]:

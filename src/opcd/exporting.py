@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from opcd import models, weights
+from opcd import adapters, weights
 from opcd.assembly import Parts
 from opcd.errors import ExportError, RunFolderError
 from opcd.programs import open_baked
@@ -35,13 +35,13 @@ def export_run(path: Path, target: Path) -> int:
     folder, parts, _ = open_baked(path)
     config = parts.config
     plain = weights.load_model(config.model.path, torch.float32, config.model.revision)
-    student = models.tune(plain, config.model.tuning, config.seed)
-    models.load_weights(student, folder.best)
+    student = adapters.tune(plain, config.model.tuning, config.seed)
+    adapters.load_weights(student, folder.best)
     pairs = _prompts(parts)
     before = _greedy(student.eval(), pairs, parts)
     draft = target.with_name(f".{target.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
-    models.merge(student).save_pretrained(draft)
+    adapters.merge(student).save_pretrained(draft)
     parts.renderer.tokenizer.save_pretrained(draft)
     after = _greedy(weights.load_model(str(draft.resolve()), torch.float32), pairs, parts)
     different = [p.task_id for p, a, b in zip(pairs, before, after, strict=True) if a != b]

@@ -1,29 +1,24 @@
-"""The student: tuning, hidden states, output head, and the one forward pass that is trained.
+"""Hidden states, output head, and the one forward pass that is trained.
 
 Knows how to get hidden states and logits out of any transformers causal model; knows nothing of
 prompts, teachers' kinds or optimisers.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from peft import (
-    LoraConfig,
-    PeftModel,
-    get_peft_model,
-    load_peft_weights,
-    set_peft_model_state_dict,
-)
 from peft.helpers import disable_input_dtype_casting
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers import DynamicCache
 
-from opcd.batching import Batch, Side
+from opcd.adapters import causal_model
+from opcd.batching import WIDTH_STEP, Batch, Side
 from opcd.chunking import Head, chunked_stats
-from opcd.config.training import Full, Lora, Loss
+from opcd.config.training import Loss
 from opcd.divergence import TokenStats
 from opcd.errors import ModelError
 
@@ -36,6 +31,8 @@ PROBES = (
 """Texts whose token ids tell two vocabularies apart."""
 
 
+MIN_SHARING_ROWS = 4
+"""Fewer rows read an opening that they share each for itself."""
 PLAIN_ATTENTION_TOKENS = 512
 """Up to this length a CPU trains with plain attention, whose scores grow with its square."""
 
@@ -60,71 +57,58 @@ class Distiller(nn.Module):
         return chunked_stats(student_TD, own_head, teacher_TD, head, batch.response_T, loss)
 
 
-def tune(model: Any, tuning: Lora | Full, seed: int) -> Any:
-    """Make a model trainable: with a LoRA adapter (float32) in it, or in all its weights.
-
-    Raises:
-        ModelError: the model has none of the named modules.
-    """
-    if isinstance(tuning, Full):
-        return model.requires_grad_(True)
-    targets = tuning.targets if isinstance(tuning.targets, str) else list(tuning.targets)
-    layers = model.config.get_text_config().num_hidden_layers
-    left_out = "|".join(map(str, range(layers - (tuning.last_layers or layers))))
-    lora = LoraConfig(
-        r=tuning.rank,
-        lora_alpha=tuning.alpha,
-        lora_dropout=tuning.dropout,
-        target_modules=targets,
-        exclude_modules=rf".*\.layers\.({left_out})\..*" if left_out else None,
-        task_type="CAUSAL_LM",
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            tuned: Any = get_peft_model(model, lora)
-        except ValueError as error:
-            raise ModelError(
-                f"model.tuning.targets = {tuning.targets!r}: {error}; name modules of this model, "
-                'or write "all-linear"'
-            ) from error
-    head = tuned.get_base_model().get_output_embeddings()
-    if isinstance(head, LoraLayer) and model.config.get_text_config().tie_word_embeddings:
-        raise ModelError(
-            f"model.tuning.targets = {tuning.targets!r} adapts the output head, which shares its "
-            'weights with the input embeddings, so it cannot be merged; write "all-linear"'
-        )
-    return tuned
-
-
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that training moves, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def adapter_off(model: Any) -> AbstractContextManager[Any, Any]:
-    """Within it, a LoRA model answers as its base model."""
-    return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
-
-
-def causal_model(model: Any) -> Any:
-    """The transformers model inside a PEFT wrapper."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
 def hidden_states(model: Any, side: Side) -> Tensor:
-    """The hidden states that predict the response tokens, `hidden_TD`; no head is run."""
-    assert side.prefix_tokens == 0, "a shared prefix is read by prefix_cache"
+    """The hidden states that predict the response tokens, `hidden_TD`; no head is run.
+
+    An opening that all rows share, such as a chat template's own system message, is read once for
+    all of them, and gets its gradient from all of them.
+    """
+    assert side.prefix_tokens == 0, "a prefix of the whole run is read by prefix_cache"
     decoder = causal_model(model).get_decoder()
     on_cpu, length = side.ids_BS.device.type == "cpu", side.ids_BS.shape[1]
+    recomputed = getattr(decoder, "gradient_checkpointing", False)
     # The CPU's fused attention takes 4 x as long as plain products to differentiate in bfloat16.
     # Checkpointed layers run again in the backward pass, when the choice has been taken back.
-    recomputed = getattr(decoder, "gradient_checkpointing", False)
     short = length <= PLAIN_ATTENTION_TOKENS
     plain = on_cpu and torch.is_grad_enabled() and short and not recomputed
+    shared = 0 if recomputed or why_no_prefix(model) else shared_opening(side)
     with attention(model, "eager") if plain else nullcontext():
-        hidden_BSD = decoder(input_ids=side.ids_BS, use_cache=False).last_hidden_state
-    return side.take(hidden_BSD)
+        if not shared:
+            return side.take(decoder(input_ids=side.ids_BS, use_cache=False).last_hidden_state)
+        cache = DynamicCache(config=causal_model(model).config)
+        decoder(input_ids=side.ids_BS[:1, :shared], past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(len(side.ids_BS))
+        rest_BS = side.ids_BS[:, shared:]
+        hidden_BSD = decoder(input_ids=rest_BS, past_key_values=cache).last_hidden_state
+    return hidden_BSD[side.row_T, side.column_T - shared]
+
+
+def shared_opening(side: Side) -> int:
+    """How many tokens at the head of all rows are the same and predict no response token.
+
+    In steps of `WIDTH_STEP`, so that widths stay few; 0 where it would not pay.
+    """
+    if len(side.ids_BS) < MIN_SHARING_ROWS:
+        return 0
+    same_S = (side.ids_BS == side.ids_BS[:1]).all(0)
+    same = min(int(same_S.long().cumprod(0).sum()), int(side.column_T.min()))
+    return same - same % WIDTH_STEP
+
+
+def why_no_prefix(model: Any) -> str | None:
+    """The reason why a model cannot go on from tokens read before; `None` if it can."""
+    model = causal_model(model)
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    listed = getattr(config, "layer_types", None)
+    kinds = set(listed or (["sliding_attention"] if window else ["full_attention"]))
+    if window and kinds != {"full_attention"}:
+        return f"it attends to a window of {window} tokens, which the context may not fit into"
+    if kinds != {"full_attention"} or getattr(config, "attn_logit_softcapping", None):
+        return "its layers are not plain full attention"
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"{type(model).__name__} does not let its attention be replaced"
+    return None
 
 
 @contextmanager
@@ -140,7 +124,11 @@ def attention(model: Any, name: str) -> Iterator[None]:
 
 
 def output_head(model: Any) -> Head:
-    """A model's map from hidden states to logits, with the scaling its family applies."""
+    """A model's map from hidden states to logits, with the scaling its family applies.
+
+    Logits are float32 whatever the model's dtype: bfloat16 knows a logit of 20 to 0.125, so that
+    likely tokens tie and greedy answers turn on the order of the vocabulary.
+    """
     model = causal_model(model)
     linear, config = model.get_output_embeddings(), model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0 / (
@@ -149,11 +137,33 @@ def output_head(model: Any) -> Head:
     cap = getattr(config, "final_logit_softcapping", None)
 
     def head(hidden_CD: Tensor) -> Tensor:
-        logits_CV = linear(hidden_CD.to(linear.weight.dtype))
+        logits_CV = _precise_linear(linear, hidden_CD)
         logits_CV = logits_CV if scale == 1.0 else logits_CV * scale
         return logits_CV if cap is None else torch.tanh(logits_CV / cap) * cap
 
     return head
+
+
+def _precise_linear(linear: Any, hidden_CD: Tensor) -> Tensor:
+    if type(linear) is not nn.Linear:  # adapted or quantised: its own forward knows how
+        return linear(hidden_CD.to(linear.weight.dtype))
+    weight, bias = _precise(linear.weight), linear.bias
+    with torch.autocast(hidden_CD.device.type, enabled=False):
+        bias = None if bias is None else bias.to(weight.dtype)
+        return functional.linear(hidden_CD.to(weight.dtype), weight, bias)
+
+
+_PRECISE: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _precise(weight: Tensor) -> Tensor:
+    """The weight in float32 at least; on a CPU, where casting costs as much as using it, kept."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    if weight.dtype == dtype or weight.requires_grad or weight.device.type != "cpu":
+        return weight.to(dtype)
+    if weight not in _PRECISE or _PRECISE[weight][0] != weight._version:
+        _PRECISE[weight] = (weight._version, weight.detach().to(dtype))
+    return _PRECISE[weight][1]
 
 
 @torch.no_grad()
@@ -166,7 +176,7 @@ def check_head(model: Any) -> None:
     device = next(model.parameters()).device
     ids_BS = torch.arange(4, device=device).unsqueeze(0)
     hidden_TD = causal_model(model).get_decoder()(input_ids=ids_BS).last_hidden_state[0]
-    own_TV = causal_model(model)(input_ids=ids_BS).logits[0]
+    own_TV = causal_model(model)(input_ids=ids_BS).logits[0].float()
     if not torch.allclose(output_head(model)(hidden_TD), own_TV, rtol=1e-2, atol=1e-2):
         raise ModelError(
             f"the logits of {type(causal_model(model)).__name__} are not its head applied to its "
@@ -192,59 +202,6 @@ def check_same_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any) -> Non
                 f"the one and {theirs[:6]} for the other, so the teacher would score other words. "
                 "Set teacher.path to a model of the student's family"
             )
-
-
-def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Each weight of the model inside, adapters merged in float32, one at a time.
-
-    Names are those of the untouched base model, so that a plain copy of it can take them.
-    """
-    deltas: dict[str, Any] = {
-        f"{name}.base_layer.weight": layer
-        for name, layer in causal_model(model).named_modules()
-        if isinstance(layer, LoraLayer)
-    }
-    for name, weight in causal_model(model).named_parameters():
-        if ".lora_" in name:
-            continue
-        merged = weight.detach()
-        if name in deltas:
-            delta = deltas[name].get_delta_weight("default").detach()
-            merged = merged.float() + delta.to(merged.device)
-        yield name.replace(".base_layer.", "."), merged
-
-
-def base_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Each weight of the model inside, adapters left out."""
-    for name, weight in causal_model(model).named_parameters():
-        if ".lora_" not in name:
-            yield name.replace(".base_layer.", "."), weight.detach()
-
-
-def merge(model: Any) -> Any:
-    """The plain transformers model, the adapter merged into its weights for good."""
-    return model.merge_and_unload() if isinstance(model, PeftModel) else model
-
-
-def save_weights(model: Any, folder: Path) -> None:
-    """Write what was trained: a PEFT adapter that vLLM serves, or a whole transformers folder."""
-    model.save_pretrained(folder)
-
-
-def load_weights(model: Any, folder: Path) -> None:
-    """Give a model the weights that `save_weights` wrote.
-
-    Raises:
-        ModelError: the folder holds other weights than the model has.
-    """
-    try:
-        if isinstance(model, PeftModel):
-            set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
-        else:
-            saved = type(model).from_pretrained(folder, dtype=torch.float32)
-            model.load_state_dict(saved.state_dict())
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder} does not hold this run's weights ({error})") from error
 
 
 @contextmanager

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 
-from opcd.models import attention, causal_model
+from opcd.adapters import causal_model
+from opcd.models import attention
 
 SCORES_AT_ONCE = 2**24
 """Attention scores over the prefix that exist at one time."""
@@ -41,22 +42,6 @@ class SharedPrefix:
     def bytes(self) -> int:
         """Memory the prefix takes."""
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
-
-
-def why_unsupported(model: Any) -> str | None:
-    """The reason why a model cannot share a prefix; `None` if it can."""
-    model = causal_model(model)
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    listed = getattr(config, "layer_types", None)
-    kinds = set(listed or (["sliding_attention"] if window else ["full_attention"]))
-    if window and kinds != {"full_attention"}:
-        return f"it attends to a window of {window} tokens, which the context may not fit into"
-    if kinds != {"full_attention"} or getattr(config, "attn_logit_softcapping", None):
-        return "its layers are not plain full attention"
-    if not getattr(model, "_supports_attention_backend", False):
-        return f"{type(model).__name__} does not let its attention be replaced"
-    return None
 
 
 @torch.no_grad()
@@ -139,6 +124,13 @@ def cascade_attention(
 
 
 def _attend_prefix(query_hNd: Tensor, key_hPd: Tensor, value_hPd: Tensor) -> tuple[Tensor, Tensor]:
+    if query_hNd.device.type == "cpu":
+        # The CPU's fused kernel is the only one that returns the log-sum-exp too; it passes over
+        # the scores once and keeps none of them.
+        out_1hNd, lse_1hN = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query_hNd[None], key_hPd[None], value_hPd[None], scale=1.0
+        )
+        return out_1hNd[0], lse_1hN[0]
     rows = max(1, SCORES_AT_ONCE // (key_hPd.shape[0] * key_hPd.shape[1]))
     parts = []
     for part_hNd in query_hNd.split(rows, dim=1):

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
+from opcd.adapters import load_weights
 from opcd.assembly import Item, Parts, assemble
 from opcd.contexts import load_context
 from opcd.errors import ContextError
 from opcd.evaluation import CONDITIONS, Evaluation, evaluate, respond
-from opcd.models import load_weights
 from opcd.runs import RunFolder, append_jsonl, open_run, write_json
 from opcd.training import read_best
 from opcd.types import Context, Message, Task

@@ -17,13 +17,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from opcd.adapters import adapter_off, trainable
 from opcd.batching import Side
 from opcd.chunking import Head
 from opcd.config import training
 from opcd.divergence import divergence
 from opcd.errors import ConfigError
-from opcd.models import adapter_off, hidden_states, output_head, trainable
-from opcd.prefix_cache import SharedPrefix, forward_after_prefix, read_prefix, why_unsupported
+from opcd.models import hidden_states, output_head, why_no_prefix
+from opcd.prefix_cache import SharedPrefix, forward_after_prefix, read_prefix
 
 MAX_PREFIX_KL_NATS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """How far the cached pass may be from the uncached one before it is not used."""
@@ -135,7 +136,7 @@ class LocalTeacher:
         """
         if self.moves:
             return "the teacher's weights move"
-        if reason := why_unsupported(self.model):
+        if reason := why_no_prefix(self.model):
             return reason
         with self._ready(), torch.no_grad():
             prefix = read_prefix(self.model, ids)

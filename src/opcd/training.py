@@ -4,6 +4,7 @@ Drives `opcd.distill`: validates, keeps the best weights, writes checkpoints, st
 """
 
 import json
+import math
 import shutil
 import signal
 from collections.abc import Iterator
@@ -16,14 +17,15 @@ import torch
 from transformers import get_scheduler
 
 from opcd import checkpoint
+from opcd.adapters import save_weights, trainable
 from opcd.assembly import Parts, assemble
 from opcd.config import Run, differences
-from opcd.distill import Answered, StepReport, Trainer, distill
+from opcd.distill import StepReport, Trainer, distill
 from opcd.errors import CheckpointError, ConfigError, RunFolderError
 from opcd.evaluation import validate
-from opcd.models import save_weights, trainable
 from opcd.runs import RunFolder, create_run, open_run, rewind_jsonl, write_json
 from opcd.tracking import Tracker
+from opcd.types import Answered
 
 FREE_TO_CHANGE = ("checkpoint.", "tracking.", "out")
 """Keys that a resumed run may have other values for, since no result depends on them."""
@@ -148,8 +150,7 @@ def choose_best(
 ) -> dict[str, Any]:
     """Validate, and keep these weights if they are the best so far.
 
-    Best is the highest `evaluation.select_by`, then the lowest KL to the teacher. Without a
-    validation split, the last step is kept, and said to be no choice.
+    Without a validation split, the last step is kept, and said to be no choice.
 
     Raises:
         ConfigError: the grader has no such metric.
@@ -166,11 +167,26 @@ def choose_best(
                 f"{sorted(metrics.keys() - {'step'})}"
             )
         found = {**metrics, "step": done, "chosen_by": name}
-        if best and _rank(found, name) <= _rank(best, name):
+        if best and not is_better(found, best, name):
             return best
     if parts.accelerator.is_main_process:
         _keep_weights(parts, folder.best, found)
     return found
+
+
+def is_better(found: dict[str, Any], best: dict[str, Any], name: str) -> bool:
+    """Whether a step's validation is better than the best so far.
+
+    By the metric `name`, if the two are further apart than one standard error of a share of
+    `rows`; else by the KL to the teacher, since a few rows more or less say nothing.
+    """
+    nearer = found["kl_nats_per_token"] < best["kl_nats_per_token"]
+    if name == "kl_nats_per_token":
+        return nearer
+    share = min(max(best[name], 0.0), 1.0)
+    noise = math.sqrt(share * (1.0 - share) / best["rows"])
+    gain = found[name] - best[name]
+    return nearer if abs(gain) <= noise else gain > 0
 
 
 def write_checkpoint(
@@ -260,11 +276,6 @@ def _rollout_row(parts: Parts, step: int, answered: Answered) -> dict[str, Any]:
         "response": parts.renderer.decode(answered.rollout.response_ids),
         "finished": answered.rollout.finished,
     }
-
-
-def _rank(metrics: dict[str, Any], name: str) -> tuple[float, ...]:
-    kl_nats = metrics["kl_nats_per_token"]
-    return (-kl_nats,) if name == "kl_nats_per_token" else (metrics[name], -kl_nats)
 
 
 def _keep_weights(parts: Parts, target: Path, found: dict[str, Any]) -> None:

@@ -83,6 +83,14 @@ class Rollout:
 
 
 @dataclass(frozen=True, slots=True)
+class Answered:
+    """A prompt pair with the response that both sides score."""
+
+    pair: PromptPair
+    rollout: Rollout
+
+
+@dataclass(frozen=True, slots=True)
 class Score:
     """What a grader found in one response; every metric is between 0 and 1."""
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import MistralConfig
 
+from opcd.adapters import tune
 from opcd.config.training import Full, Lora
-from opcd.models import tune
 from opcd.rollouts import hf
 from opcd.rollouts.engine import Prompt, Sampling
 from opcd.rollouts.hf import HFEngine, choose

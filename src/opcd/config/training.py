@@ -229,7 +229,8 @@ class Evaluation(Section):
     temperature: Annotated[float, Field(ge=0.0)] = 0.0
     """0 is greedy."""
     select_by: str = "correct"
-    """Grader's metric that chooses the best step; ties go to the lower validation KL."""
+    """Grader's metric that chooses the best step; where two steps are within one standard error of
+    each other, the lower validation KL does."""
 
 
 class Checkpoint(Section):

@@ -1,20 +1,24 @@
-"""Batched sampling with transformers, from a merged copy of the student.
+"""Batched sampling with transformers, from a merged copy of the student or from its base.
 
-The copy is plain (adapters merged into it) and in the run's dtype. A context that all prompts
-share is read once; rows that have finished leave the batch. Which tokens are drawn depends on
-the sampling seed and the task id, not on the batch.
+The copy is plain (adapters merged into it) and in the run's dtype; weights that training leaves
+alone are the student's own. A context that all prompts share is read once; rows that have
+finished leave the batch. Which tokens are drawn depends on the sampling seed and the task id, not
+on the batch.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from opcd.adapters import adapter_off, causal_model, merged_weights, share_frozen
 from opcd.batching import padded_width
-from opcd.models import base_weights, causal_model, merged_weights, output_head
-from opcd.prefix_cache import SharedPrefix, forward_after_prefix, read_prefix, why_unsupported
+from opcd.chunking import Head
+from opcd.models import output_head, why_no_prefix
+from opcd.prefix_cache import SharedPrefix, forward_after_prefix, read_prefix
 from opcd.rendering import common_prefix
 from opcd.rollouts.engine import Policy, Prompt, Sampling
 from opcd.types import Rollout
@@ -34,73 +38,105 @@ class HFEngine:
         end_ids: frozenset[int],
         batch_rows: int,
     ) -> None:
-        """Make an empty copy of the student's architecture.
+        """Note the models; a copy of the student is made when it is first asked.
 
         Args:
-            student: the model in training; `use` copies its weights, adapters merged.
-            base: the model it started from (the same object, if only an adapter is trained).
+            student: the model in training; `use` copies what has moved, adapters merged.
+            base: the model it started from (the same object, if only an adapter is trained);
+                it answers itself, its adapter off.
             dtype: of the copy.
             end_ids: tokens that end a response.
             batch_rows: sequences decoded together.
         """
         self._student = student
-        self._base = base
+        self.base = base
+        self.dtype = dtype
         self.end_ids = end_ids
         self._batch_rows = batch_rows
-        self._loaded: tuple[Policy, int] | None = None
-        self._prefix: SharedPrefix | None = None
-        plain = causal_model(student)
-        self._copy = AutoModelForCausalLM.from_config(plain.config, dtype=dtype)
-        self._copy.to(plain.device).eval().requires_grad_(False)
-        self._head = output_head(self._copy)
+        self._policy: Policy | None = None
+        self._copy: Any = None
+        self._copied_version: int | None = None
+        self._prefixes: dict[Policy, SharedPrefix] = {}
 
     @torch.no_grad()
     def use(self, policy: Policy, version: int) -> None:
         """Answer as the student of this version, or as the base model."""
-        if self._loaded == (policy, version):
+        self._policy = policy
+        if policy == "base" or self._copied_version == version:
             return
-        student = policy == "student"
-        weights = merged_weights(self._student) if student else base_weights(self._base)
+        if self._copy is None:
+            self._copy = self._make_copy()
         own = dict(self._copy.named_parameters())
-        for name, weight in weights:
-            own[name].copy_(weight)
-        self._loaded, self._prefix = (policy, version), None
+        for name, weight in merged_weights(self._student):
+            if own[name].data_ptr() != weight.data_ptr():
+                own[name].copy_(weight)
+        self._copied_version = version
+        self._prefixes.pop("student", None)
+
+    def _make_copy(self) -> Any:
+        plain = causal_model(self._student)
+        # The weights it starts from do not matter; the random numbers they are made of do.
+        with torch.random.fork_rng(devices=[]):
+            copy: Any = AutoModelForCausalLM.from_config(plain.config, dtype=self.dtype)
+        copy.to(plain.device).eval().requires_grad_(False)
+        share_frozen(self._student, copy)
+        return copy
+
+    @property
+    def _model(self) -> Any:
+        """What answers: for the base, a wrapper whose adapter has to be off."""
+        return self.base if self._policy == "base" else self._copy
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
         """One response for each prompt, in their order."""
-        assert self._loaded, "use() says with which weights to answer"
-        prefix = self._read_shared(prompts)
+        assert self._policy, "use() says with which weights to answer"
+        was_training = self._model.training
+        self._model.eval()
+        try:
+            with adapter_off(self._model) if self._policy == "base" else nullcontext():
+                return self._generate(prompts, sampling)
+        finally:
+            self._model.train(was_training)
+
+    def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        prefix, head = self._read_shared(prompts), output_head(self._model)
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
         rollouts: dict[int, Rollout] = {}
         for start in range(0, len(order), self._batch_rows):
             part = order[start : start + self._batch_rows]
             rows = [prompts[index] for index in part]
-            rollouts |= zip(part, self._decode(rows, prefix, sampling), strict=True)
+            rollouts |= zip(part, self._decode(rows, prefix, head, sampling), strict=True)
         return [rollouts[index] for index in range(len(prompts))]
 
     def _read_shared(self, prompts: Sequence[Prompt]) -> SharedPrefix | None:
+        assert self._policy, "asked by generate"
         shared = common_prefix([prompt.ids for prompt in prompts])
-        if len(prompts) < 2 or shared < MIN_PREFIX_TOKENS or why_unsupported(self._copy):
+        if len(prompts) < 2 or shared < MIN_PREFIX_TOKENS or why_no_prefix(self._model):
             return None
-        ids = prompts[0].ids[:shared]
-        if self._prefix is None or self._prefix.ids != ids:
-            self._prefix = read_prefix(self._copy, ids)
-        return self._prefix
+        ids, known = prompts[0].ids[:shared], self._prefixes.get(self._policy)
+        if known is None or known.ids != ids:
+            known = self._prefixes[self._policy] = read_prefix(self._model, ids)
+        return known
 
     def _decode(
-        self, prompts: Sequence[Prompt], prefix: SharedPrefix | None, sampling: Sampling
+        self,
+        prompts: Sequence[Prompt],
+        prefix: SharedPrefix | None,
+        head: Head,
+        sampling: Sampling,
     ) -> list[Rollout]:
         cut = prefix.tokens if prefix else 0
-        ids_BS, mask_BS = _pad_left([prompt.ids[cut:] for prompt in prompts], self._copy.device)
+        plain = causal_model(self._model)
+        ids_BS, mask_BS = _pad_left([prompt.ids[cut:] for prompt in prompts], plain.device)
         most = max(prompt.max_new_tokens for prompt in prompts)
         uniforms_BT = torch.stack([sampling.uniforms(prompt.task_id, most) for prompt in prompts])
         responses: list[list[int]] = [[] for _ in prompts]
         active = list(range(len(prompts)))
-        cache = DynamicCache(config=self._copy.config)
+        cache = DynamicCache(config=plain.config)
         for step in range(most):
             hidden_BD = self._advance(ids_BS, mask_BS, prefix, cache)
-            tokens_B = choose(self._head(hidden_BD), uniforms_BT[active, step], sampling)
+            tokens_B = choose(head(hidden_BD), uniforms_BT[active, step], sampling)
             tokens = tokens_B.tolist()
             for row, token in zip(active, tokens, strict=True):
                 responses[row].append(token)
@@ -128,9 +164,9 @@ class HFEngine:
     ) -> Tensor:
         """The hidden states at the last position of each row, `_BD`."""
         if prefix:
-            return forward_after_prefix(self._copy, prefix, ids_BS, mask_BS, cache)[:, -1]
+            return forward_after_prefix(self._model, prefix, ids_BS, mask_BS, cache)[:, -1]
         positions_BS = (mask_BS.cumsum(-1) - 1).clamp(min=0)[:, -ids_BS.shape[1] :]
-        decoder = self._copy.get_decoder()
+        decoder = causal_model(self._model).get_decoder()
         return decoder(
             input_ids=ids_BS,
             attention_mask=mask_BS,

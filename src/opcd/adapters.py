@@ -1,0 +1,135 @@
+"""What is tuned in a model: an adapter or all of its weights; merged, shared, saved, given back."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from opcd.config.training import Full, Lora
+from opcd.errors import ModelError
+
+
+def tune(model: Any, tuning: Lora | Full, seed: int) -> Any:
+    """Make a model trainable: with a LoRA adapter (float32) in it, or in all its weights.
+
+    Raises:
+        ModelError: the model has none of the named modules.
+    """
+    if isinstance(tuning, Full):
+        return model.requires_grad_(True)
+    targets = tuning.targets if isinstance(tuning.targets, str) else list(tuning.targets)
+    layers = model.config.get_text_config().num_hidden_layers
+    left_out = "|".join(map(str, range(layers - (tuning.last_layers or layers))))
+    lora = LoraConfig(
+        r=tuning.rank,
+        lora_alpha=tuning.alpha,
+        lora_dropout=tuning.dropout,
+        target_modules=targets,
+        exclude_modules=rf".*\.layers\.({left_out})\..*" if left_out else None,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            tuned: Any = get_peft_model(model, lora)
+        except ValueError as error:
+            raise ModelError(
+                f"model.tuning.targets = {tuning.targets!r}: {error}; name modules of this model, "
+                'or write "all-linear"'
+            ) from error
+    head = tuned.get_base_model().get_output_embeddings()
+    if isinstance(head, LoraLayer) and model.config.get_text_config().tie_word_embeddings:
+        raise ModelError(
+            f"model.tuning.targets = {tuning.targets!r} adapts the output head, which shares its "
+            'weights with the input embeddings, so it cannot be merged; write "all-linear"'
+        )
+    return tuned
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training moves, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def adapter_off(model: Any) -> AbstractContextManager[Any, Any]:
+    """Within it, a LoRA model answers as its base model."""
+    return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
+
+
+def causal_model(model: Any) -> Any:
+    """The transformers model inside a PEFT wrapper."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Each weight of the model inside, adapters merged in float32, one at a time.
+
+    Names are those of the untouched base model, so that a plain copy of it can take them.
+    """
+    deltas: dict[str, Any] = {
+        f"{name}.base_layer.weight": layer
+        for name, layer in causal_model(model).named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+    for name, weight in causal_model(model).named_parameters():
+        if ".lora_" in name:
+            continue
+        merged = weight.detach()
+        if name in deltas:
+            delta = deltas[name].get_delta_weight("default").detach()
+            merged = merged.float() + delta.to(merged.device)
+        yield name.replace(".base_layer.", "."), merged
+
+
+def share_frozen(model: Any, plain: Any) -> None:
+    """Let a plain model of the same architecture use the weights that training leaves alone.
+
+    Only those of its own dtype; names are those of the untouched base model.
+    """
+    moving = trainable(causal_model(model)).keys()
+    adapted = {name.partition(".lora_")[0] for name in moving}
+    own = dict(plain.named_parameters())
+    for name, weight in causal_model(model).named_parameters():
+        bare = name.replace(".base_layer.", ".")
+        if name in moving or bare.rpartition(".")[0] in adapted or own[bare].dtype != weight.dtype:
+            continue
+        module, _, leaf = bare.rpartition(".")
+        setattr(plain.get_submodule(module), leaf, weight)
+    plain.tie_weights()
+
+
+def merge(model: Any) -> Any:
+    """The plain transformers model, the adapter merged into its weights for good."""
+    return model.merge_and_unload() if isinstance(model, PeftModel) else model
+
+
+def save_weights(model: Any, folder: Path) -> None:
+    """Write what was trained: a PEFT adapter that vLLM serves, or a whole transformers folder."""
+    model.save_pretrained(folder)
+
+
+def load_weights(model: Any, folder: Path) -> None:
+    """Give a model the weights that `save_weights` wrote.
+
+    Raises:
+        ModelError: the folder holds other weights than the model has.
+    """
+    try:
+        if isinstance(model, PeftModel):
+            set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+        else:
+            saved = type(model).from_pretrained(folder, dtype=torch.float32)
+            model.load_state_dict(saved.state_dict())
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder} does not hold this run's weights ({error})") from error

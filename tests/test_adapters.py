@@ -1,0 +1,153 @@
+"""`opcd.adapters`: what is trained, merged, shared, saved and given back."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig, Qwen3Config
+
+from opcd.adapters import (
+    adapter_off,
+    causal_model,
+    load_weights,
+    merge,
+    merged_weights,
+    save_weights,
+    share_frozen,
+    trainable,
+    tune,
+)
+from opcd.config.training import Full, Lora
+from opcd.errors import ModelError
+from tiny import SHAPE, nudge
+from worlds import tiny_llama
+
+LORA = Lora(rank=4, alpha=8)
+IDS_BS = torch.tensor([[7, 8, 9, 10, 11, 12]])
+HEADS = {
+    "llama": LlamaConfig(**SHAPE),
+    "llama, tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**SHAPE),
+    "gemma2, capped": Gemma2Config(**SHAPE, final_logit_softcapping=1.5),
+    "cohere, multiplied": CohereConfig(**SHAPE, logit_scale=0.3),
+    "granite, divided": GraniteConfig(**SHAPE, logits_scaling=7.0),
+}
+
+
+def tuned(tuning: Lora | Full = LORA, seed: int = 0, **config: Any) -> Any:
+    """A student that has left its base."""
+    model = tune(tiny_llama(**config), tuning, seed)
+    nudge(model, 3)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model(input_ids=IDS_BS).logits[0]
+
+
+def test_merged_weights_are_those_peft_merges() -> None:
+    """Names of the base model; what the rollout engine copies is what export writes."""
+    model = tuned()
+    before = logits(model)
+    merged = {name: weight.clone() for name, weight in merged_weights(model)}
+    wanted = dict(merge(model).named_parameters())
+    assert merged.keys() == wanted.keys()
+    for name, weight in wanted.items():
+        torch.testing.assert_close(merged[name], weight, rtol=1e-5, atol=1e-6)
+    copy = tiny_llama(seed=9)
+    copy.load_state_dict(merged)
+    torch.testing.assert_close(logits(copy), before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_without_adapter_is_copied_as_it_is() -> None:
+    model = tuned(Full())
+    own = dict(model.named_parameters())
+    found = dict(merged_weights(model))
+    assert found.keys() == own.keys()
+    assert all(torch.equal(weight, own[name]) for name, weight in found.items())
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_weights_that_training_leaves_alone_are_shared(tie: bool) -> None:
+    """The embeddings and the layers below the adapted ones, and nothing that moves."""
+    student = tuned(Lora(rank=4, last_layers=1), tie_word_embeddings=tie)
+    plain = tiny_llama(seed=9, tie_word_embeddings=tie)
+    own = {name: p.data_ptr() for name, p in causal_model(student).named_parameters()}
+    share_frozen(student, plain)
+    shared = {name for name, p in plain.named_parameters() if p.data_ptr() in own.values()}
+    assert "model.embed_tokens.weight" in shared
+    assert "model.layers.0.mlp.up_proj.weight" in shared
+    assert not any(".layers.2." in name and "_proj" in name for name in shared)
+    assert (plain.lm_head.weight is plain.model.embed_tokens.weight) == tie
+    share_frozen(tuned(Full()), unshared := tiny_llama(seed=9))
+    assert all(
+        torch.equal(p, q)
+        for p, q in zip(unshared.parameters(), tiny_llama(seed=9).parameters(), strict=True)
+    )
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_adapter_on_a_tied_head_is_refused() -> None:
+    """Merged, it would change the input embeddings too."""
+    with pytest.raises(ModelError, match="shares its weights with the input embeddings"):
+        tuned(Lora(rank=4, targets=("lm_head",)), tie_word_embeddings=True)
+
+
+def test_with_its_adapter_off_a_student_is_its_base() -> None:
+    model, base = tuned(), logits(tiny_llama())
+    changed = logits(model)
+    with adapter_off(model):
+        assert torch.equal(logits(model), base)
+    assert torch.equal(logits(model), changed)
+    assert (changed - base).abs().max() > 0.1
+    with adapter_off(plain := tiny_llama()):
+        assert torch.equal(logits(plain), base)
+
+
+def test_tuning_depends_on_the_seed_alone() -> None:
+    torch.manual_seed(1)
+    first = trainable(tune(tiny_llama(), LORA, seed=5))
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    second = trainable(tune(tiny_llama(), LORA, seed=5))
+    assert torch.equal(torch.get_rng_state(), state), "the run's own generator is left alone"
+    other = trainable(tune(tiny_llama(), LORA, seed=6))
+    assert all(torch.equal(weight, second[name]) for name, weight in first.items())
+    assert any(not torch.equal(weight, other[name]) for name, weight in first.items())
+
+
+def test_lora_trains_the_adapter_and_full_everything() -> None:
+    lora, full = tune(tiny_llama(), LORA, 0), tune(tiny_llama(), Full(), 0)
+    assert all("lora_" in name for name in trainable(lora))
+    assert {weight.dtype for weight in trainable(lora).values()} == {torch.float32}
+    assert trainable(full).keys() == dict(full.named_parameters()).keys()
+    assert causal_model(full) is full and causal_model(lora) is not lora
+
+
+def test_targets_that_are_not_there_are_named() -> None:
+    with pytest.raises(ModelError, match=r"model.tuning.targets = \('query',\).*all-linear"):
+        tune(tiny_llama(), Lora(targets=("query",)), 0)
+
+
+@pytest.mark.parametrize("tuning", [LORA, Full()], ids=["lora", "full"])
+def test_saved_weights_come_back(tmp_path: Path, tuning: Any) -> None:
+    model, fresh = tuned(tuning), tune(tiny_llama(), tuning, 1).eval()
+    assert not torch.allclose(logits(model), logits(fresh), atol=1e-2)
+    save_weights(model, tmp_path)
+    load_weights(fresh, tmp_path)
+    assert torch.equal(logits(fresh), logits(model))
+    assert not list(tmp_path.glob("*.bin"))
+
+
+@pytest.mark.parametrize("tuning", [LORA, Full()], ids=["lora", "full"])
+def test_weights_that_are_missing_or_of_another_shape_are_refused(
+    tmp_path: Path, tuning: Any
+) -> None:
+    with pytest.raises(ModelError, match="does not hold this run's weights"):
+        load_weights(tuned(tuning), tmp_path)
+    save_weights(tuned(tuning, hidden_size=24), tmp_path / "other")
+    with pytest.raises(ModelError, match="does not hold this run's weights"):
+        load_weights(tuned(tuning), tmp_path / "other")
