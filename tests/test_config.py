@@ -158,6 +158,7 @@ def test_paths_of_overrides_are_the_users(tmp_path: Path, monkeypatch: pytest.Mo
         ("=3", r"is not an override"),
         ("steps.more=3", r"steps is a value, not a table"),
         ("loss.directon=jsd", r"loss\.directon: there is no such key"),
+        ("loss.support.k=16", r"loss\.support: .* write loss\.support\.type = \.\.\. beside it"),
         ("steps=0", r"steps = 0: .*greater than or equal to 1"),
         ("loss.direction=forward", r"loss\.direction = 'forward'"),
     ],

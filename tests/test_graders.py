@@ -130,6 +130,13 @@ def test_choice_looks_only_into_the_last_tag(response: str, expected: tuple[floa
     assert graded("choice", "B", response, tag="answer") == expected
 
 
+def test_choice_may_be_part_of_another_choice() -> None:
+    both = ["good", "very good"]
+    assert graded("choice", "very good", "That is very good.", choices=both) == RIGHT
+    assert graded("choice", "good", "That is very good.", choices=both) == WRONG
+    assert graded("choice", "good", "Good, even very good.", choices=both) == INVALID
+
+
 def test_choice_takes_its_choices_literally() -> None:
     """A choice is text, not a pattern."""
     assert graded("choice", "C++", "I like C++ best", choices=["C++", "C#"]) == RIGHT

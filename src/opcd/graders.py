@@ -80,8 +80,10 @@ def grade_choice(
         inside = re.findall(rf"<{re.escape(tag)}>(.*?)</{re.escape(tag)}>", response, re.DOTALL)
         found = {c for c in choices if inside and inside[-1].strip().lower() == c.lower()}
     else:
-        words = {c: re.compile(rf"(?<!\w){re.escape(c)}(?!\w)", re.IGNORECASE) for c in choices}
-        found = {choice for choice, word in words.items() if word.search(response)}
+        # Longest first, so that "very good" does not name "good" as well.
+        longest = "|".join(re.escape(c) for c in sorted(choices, key=len, reverse=True))
+        named = re.findall(rf"(?<!\w)(?:{longest})(?!\w)", response, re.IGNORECASE)
+        found = {c for c in choices if c.lower() in {name.lower() for name in named}}
     if len(found) != 1:
         return _score(valid=False, correct=False, note=f"names {len(found)} of the choices")
     (choice,) = found

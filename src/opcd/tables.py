@@ -17,10 +17,10 @@ def results_table(summary: Mapping[str, Any]) -> Table:
     table = Table(
         title=f"{summary['split']} split, {summary['checkpoint']}, context of {tokens} tokens"
     )
-    table.add_column("suite")
-    table.add_column("metric")
+    table.add_column("suite", overflow="fold")
+    table.add_column("metric", overflow="fold")
     for condition in CONDITIONS:
-        table.add_column(condition, justify="right")
+        table.add_column(condition, justify="right", overflow="fold")
     for suite, conditions in summary["suites"].items():
         metrics = list(dict.fromkeys(name for rows in conditions.values() for name in rows))
         for metric in metrics:
@@ -42,9 +42,9 @@ def paired_lines(summary: Mapping[str, Any]) -> list[str]:
 def answers_table(answers: Sequence[Mapping[str, Any]], count: int) -> Table:
     """Some answers side by side, spread over the split."""
     table = Table(title=f"{min(count, len(answers))} of {len(answers)} answers", show_lines=True)
-    table.add_column("prompt", ratio=3)
+    table.add_column("prompt", ratio=3, overflow="fold")
     for condition in CONDITIONS:
-        table.add_column(condition, ratio=2)
+        table.add_column(condition, ratio=2, overflow="fold")
     stride = max(1, len(answers) // count)
     for row in answers[::stride][:count]:
         texts = [row[condition]["text"] for condition in CONDITIONS]

@@ -152,6 +152,8 @@ def _explain(item: Any) -> str:
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         return f"  {where}: there is no such key; check its spelling and its table"
+    if item["type"] == "union_tag_not_found":
+        return f"  {where}: it does not say which kind it is; write {where}.type = ... beside it"
     message = str(item["msg"]).removeprefix("Value error, ")
     if isinstance(item["input"], dict):
         return f"  {where or 'the run'}: {message}"

@@ -70,7 +70,7 @@ class Rollout(Section):
     max_new_tokens: Count = 64
     temperature: Positive = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    batch_rows: Count = 32
+    batch_rows: Count = 64
     """Sequences decoded together."""
     teacher_fraction: Share = 0.0
     """Share of the prompts answered by the teacher with the context: 1 is off-policy."""
