@@ -1,16 +1,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/support_desk
+STEPS := $(shell sed -n 's/^steps = //p' recipes/support_desk/run.toml)
 
 .PHONY: demo test lint types unit bench wheel clean
 
 # Bake the support desk into the embedded model, measure it, print the table.
 # An earlier run is never overwritten: make demo OVERWRITE=--overwrite replaces it.
 demo: .venv/ready
-	@if [ -e $(RUN)/evaluation.json ] && [ -z "$(OVERWRITE)" ]; then \
-	  echo "$(RUN) is there already; its result again. 'make demo OVERWRITE=--overwrite' trains anew."; \
-	else \
+	@if [ -n "$(OVERWRITE)" ] || [ ! -e $(RUN) ]; then \
 	  $(BIN)/opcd train recipes/support_desk/run.toml $(OVERWRITE); \
+	elif [ -e $(RUN)/checkpoints/step-$(STEPS) ]; then \
+	  echo "$(RUN) is trained already. 'make demo OVERWRITE=--overwrite' trains it anew."; \
+	else \
+	  $(BIN)/opcd train recipes/support_desk/run.toml --resume; \
 	fi
 	$(BIN)/opcd evaluate $(RUN)
 

@@ -90,10 +90,11 @@ def test_weights_that_training_leaves_alone_are_shared(tie: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_an_adapter_on_a_tied_head_is_refused() -> None:
-    """Merged, it would change the input embeddings too."""
-    with pytest.raises(ModelError, match="shares its weights with the input embeddings"):
-        tuned(Lora(rank=4, targets=("lm_head",)), tie_word_embeddings=True)
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_on_tied_embeddings_is_refused(target: str) -> None:
+    """Merged, one would change the other too."""
+    with pytest.raises(ModelError, match="shares its weights with the other"):
+        tuned(Lora(rank=4, targets=(target,)), tie_word_embeddings=True)
 
 
 def test_with_its_adapter_off_a_student_is_its_base() -> None:

@@ -1,7 +1,7 @@
 """`opcd.distill`: one step is what the paper's formula says, and it learns."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from opcd.distill import (
     Answered,
     Trainer,
     accumulate,
+    answer_as_teacher,
     count_rollouts,
     cut_portions,
     distill,
@@ -23,7 +24,7 @@ from opcd.distill import (
     roll_out,
 )
 from opcd.errors import ConfigError, DivergedError, RolloutError
-from opcd.rollouts.engine import Prompt
+from opcd.rollouts.engine import Prompt, Sampling
 from opcd.rollouts.scripted import ScriptedEngine
 from opcd.tally import Tally
 from opcd.training import prepare
@@ -190,7 +191,26 @@ def test_a_share_of_the_tasks_is_answered_by_the_teacher_with_the_context(
 def test_a_moving_teacher_cannot_answer(tiny_model_path: Path, tmp_path: Path) -> None:
     overrides = ('teacher={type="ema"}', "rollout.teacher_fraction=0.5")
     with pytest.raises(ConfigError, match=r"teacher_fraction = 0.5 .*teacher.type = 'ema'"):
-        assemble(make_run(tmp_path, tiny_model_path, *overrides))
+        make_run(tmp_path, tiny_model_path, *overrides)
+
+
+def test_a_task_drawn_twice_is_answered_twice_by_the_teacher(
+    tiny_model_path: Path, tmp_path: Path
+) -> None:
+    """Its answers for ten steps are made in one call, but each is a draw of its own."""
+    parts, _ = started(tmp_path, tiny_model_path, *LORA, "rollout.teacher_fraction=1.0", "steps=12")
+    asked: list[tuple[str, str]] = []
+    generate = parts.teacher_engine.generate
+
+    def watched(prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        asked.extend((prompt.task_id, prompt.draw) for prompt in prompts)
+        return generate(prompts, sampling)
+
+    parts.teacher_engine.generate = watched  # type: ignore[method-assign]
+    steps = [answer_as_teacher(parts, step) for step in range(12)]
+    assert [len(step) for step in steps] == [3] * 12
+    assert len(set(asked)) == len(asked) == 36 > len({task for task, _ in asked})
+    assert answer_as_teacher(parts, 5)[0].pair == steps[5][0].pair, "whatever step comes first"
 
 
 def break_teacher(parts: Parts) -> Iterator[None]:

@@ -14,7 +14,7 @@ from opcd.batching import collate
 from opcd.config import training
 from opcd.config.training import Full, Lora
 from opcd.errors import ConfigError
-from opcd.models import hidden_states
+from opcd.models import hidden_states, output_head
 from opcd.teachers import LocalTeacher, Shadow, build_teacher
 from tiny import SHAPE, build, nudge, pair_of, random_ids, rollout_of
 from worlds import tiny_llama
@@ -25,7 +25,10 @@ PAIRS = [
     pair_of("b", 6, PREFIX + 9, seed=2, shared=PREFIX),
 ]
 ROLLOUTS = [rollout_of("a", 5, 1), rollout_of("b", 3, 2)]
-TUNINGS = pytest.mark.parametrize("tuning", [Lora(rank=4), Full()], ids=["lora", "full"])
+WITH_HEAD = Lora(rank=4, targets=("q_proj", "lm_head"))
+TUNINGS = pytest.mark.parametrize(
+    "tuning", [Lora(rank=4), WITH_HEAD, Full()], ids=["lora", "lora on the head too", "full"]
+)
 
 
 def teacher_of(config: Any, student: Any, frozen: Any = None) -> LocalTeacher:
@@ -39,21 +42,24 @@ def student_of(tuning: Any) -> Any:
 
 
 def seen_by(teacher: LocalTeacher, prefix_tokens: int = 0) -> Tensor:
-    """`hidden_TD` as the teacher gives it."""
-    return teacher.hidden(collate(PAIRS, ROLLOUTS, prefix_tokens).teacher)
+    """The teacher's logits, `_TV`."""
+    side = collate(PAIRS, ROLLOUTS, prefix_tokens).teacher
+    return teacher.head(teacher.hidden(side)).detach()
 
 
 @torch.no_grad()
 def seen_by_model(model: Any) -> Tensor:
-    return hidden_states(model.eval(), collate(PAIRS, ROLLOUTS).teacher)
+    side = collate(PAIRS, ROLLOUTS).teacher
+    return output_head(model)(hidden_states(model.eval(), side))
 
 
 def weights_of(model: Any) -> dict[str, Tensor]:
     return {name: weight.detach().clone() for name, weight in trainable(model).items()}
 
 
-def test_adapter_off_is_the_base_whatever_the_adapter() -> None:
-    student = student_of(Lora(rank=4))
+@pytest.mark.parametrize("tuning", [Lora(rank=4), WITH_HEAD], ids=["lora", "on the head too"])
+def test_adapter_off_is_the_base_whatever_the_adapter(tuning: Any) -> None:
+    student = student_of(tuning)
     teacher = teacher_of(training.AdapterOff(), student)
     base = seen_by_model(tiny_llama())
     for seed in range(2):

@@ -30,6 +30,11 @@ def tune(model: Any, tuning: Lora | Full, seed: int) -> Any:
         return model.requires_grad_(True)
     targets = tuning.targets if isinstance(tuning.targets, str) else list(tuning.targets)
     layers = model.config.get_text_config().num_hidden_layers
+    if tuning.last_layers and not any(".layers.0." in name for name, _ in model.named_modules()):
+        raise ModelError(
+            f"model.tuning.last_layers = {tuning.last_layers}, but {type(model).__name__} does not "
+            'call its blocks "layers", so they cannot be told apart; leave last_layers out'
+        )
     left_out = "|".join(map(str, range(layers - (tuning.last_layers or layers))))
     lora = LoraConfig(
         r=tuning.rank,
@@ -48,11 +53,14 @@ def tune(model: Any, tuning: Lora | Full, seed: int) -> Any:
                 f"model.tuning.targets = {tuning.targets!r}: {error}; name modules of this model, "
                 'or write "all-linear"'
             ) from error
-    head = tuned.get_base_model().get_output_embeddings()
-    if isinstance(head, LoraLayer) and model.config.get_text_config().tie_word_embeddings:
+    base = tuned.get_base_model()
+    shared = (base.get_output_embeddings(), base.get_input_embeddings())
+    tied = model.config.get_text_config().tie_word_embeddings
+    if tied and any(isinstance(module, LoraLayer) for module in shared):
         raise ModelError(
-            f"model.tuning.targets = {tuning.targets!r} adapts the output head, which shares its "
-            'weights with the input embeddings, so it cannot be merged; write "all-linear"'
+            f"model.tuning.targets = {tuning.targets!r} adapts the output head or the input "
+            "embeddings, but the one shares its weights with the other, so it cannot be merged; "
+            'write "all-linear"'
         )
     return tuned
 

@@ -11,6 +11,7 @@ from accelerate.utils import set_seed
 
 from opcd import adapters, models, weights
 from opcd.anchors import AnchorSet, load_anchors
+from opcd.checking import check_select_by, warnings
 from opcd.config import Run, check_files, training
 from opcd.contexts import load_context
 from opcd.errors import ConfigError
@@ -83,7 +84,6 @@ def assemble(config: Run) -> Parts:
         InputError: some part of the input is wrong; nothing was written.
     """
     check_files(config)
-    check_runnable(config)
     accelerator = build_accelerator(config)
     set_seed(config.seed)
     tokenizer = weights.load_tokenizer(config.model.path, config.model.revision)
@@ -92,6 +92,8 @@ def assemble(config: Run) -> Parts:
     holds = weights.positions(config.model.path, config.model.revision)
     renderer = Renderer(tokenizer, config.rendering, max_prompt_tokens(config, holds))
     items, notes = render_splits(config, renderer)
+    check_select_by(config, [item.task for item in items.get("validation", [])])
+    notes = [*warnings(config), *notes]
     student = adapters.tune(student, config.model.tuning, config.seed)
     end_ids, rows = _end_ids(student, tokenizer), config.rollout.batch_rows
     teacher, base = _build_teachers(config, accelerator, dtype, student, tokenizer)
@@ -115,26 +117,6 @@ def assemble(config: Run) -> Parts:
         teacher_engine=_teacher_engine(config, teacher, engine),
         notes=notes,
     )
-
-
-def check_runnable(config: Run) -> None:
-    """Refuse pairs of values that only make sense apart, before anything is loaded.
-
-    Raises:
-        ConfigError: naming the keys.
-    """
-    answers = _teacher_answers(config)
-    if answers and config.loss.support.type == "sampled":
-        raise ConfigError(
-            f"teacher_fraction = {answers} but loss.support is sampled, which estimates the KL "
-            'from the student\'s own tokens; write loss.support = {type = "exact"}'
-        )
-    if answers and config.teacher.type not in ("adapter_off", "frozen"):
-        raise ConfigError(
-            f"teacher_fraction = {answers} (of rollout or loss.warmup) lets the teacher "
-            f"answer, but teacher.type = {config.teacher.type!r} has no weights of its own to "
-            'answer with; write teacher.type = "adapter_off" or "frozen"'
-        )
 
 
 def build_accelerator(config: Run) -> Accelerator:
@@ -170,12 +152,6 @@ def render_splits(config: Run, renderer: Renderer) -> tuple[dict[str, list[Item]
                 f"{renderer.max_prompt_tokens} tokens: {', '.join(dropped[:5])} ..."
             )
     return items, notes
-
-
-def _teacher_answers(config: Run) -> float:
-    """The largest share of a step's prompts that the teacher answers."""
-    warmup = config.loss.warmup
-    return max(config.rollout.teacher_fraction, (warmup and warmup.teacher_fraction) or 0.0)
 
 
 def _teacher_engine(config: Run, teacher: LocalTeacher, engine: HFEngine) -> HFEngine:
@@ -225,7 +201,8 @@ def _build_teachers(
     def frozen(path: str | None) -> Any:
         if path:
             models.check_same_vocabulary(tokenizer, weights.load_tokenizer(path))
-        model = weights.load_model(path or config.model.path, dtype)
+        own = config.model
+        model = weights.load_model(path or own.path, dtype, None if path else own.revision)
         models.check_head(model)
         return model.to(accelerator.device).requires_grad_(False)
 

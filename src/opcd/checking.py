@@ -7,8 +7,10 @@ from opcd.anchors import load_anchors
 from opcd.config import Run, check_files, load_config
 from opcd.config.inputs import HubDataset
 from opcd.contexts import load_context
+from opcd.errors import ConfigError
 from opcd.graders import build_grader
 from opcd.tasks import load_splits
+from opcd.types import Task
 
 
 def check_run(path: Path, overrides: Sequence[str] = ()) -> tuple[Run, list[str]]:
@@ -32,12 +34,29 @@ def check_run(path: Path, overrides: Sequence[str] = ()) -> tuple[Run, list[str]
     if any(isinstance(source, HubDataset) for source in sources):
         return run, [*facts, "tasks: from a data set, read when the run starts"]
     splits = load_splits(run.tasks, run.seed)
+    check_select_by(run, splits.get("validation", []))
     for split, tasks in splits.items():
         for task in tasks:
             load_context(run.context, task)
             if grader and split != "train":
                 grader(task, "")
     return run, [*facts, "tasks: " + ", ".join(f"{len(t)} {s}" for s, t in splits.items())]
+
+
+def check_select_by(run: Run, validation: Sequence[Task]) -> None:
+    """Refuse a metric to select by that the grader does not give.
+
+    Raises:
+        ConfigError: naming those it gives.
+    """
+    if run.grader is None or not validation:
+        return
+    metrics = {*build_grader(run.grader)(validation[0], "").metrics, "kl_nats_per_token"}
+    if run.evaluation.select_by not in metrics:
+        raise ConfigError(
+            f"evaluation.select_by = {run.evaluation.select_by!r} is no metric of the grader; it "
+            f"has {sorted(metrics)}"
+        )
 
 
 def warnings(run: Run) -> list[str]:
@@ -49,6 +68,8 @@ def warnings(run: Run) -> list[str]:
             "warning: tail = 'drop' is no divergence: the student can empty its top-k mass while "
             "the loss falls. Watch student_mass_in_support, or write tail = 'bucket'"
         )
+    if run.teacher.type == "remote":
+        found.append("warning: this version trains with local teachers only; a run will not start")
     if run.teacher.type == "live":
         found.append("warning: a live teacher moves with the student and may collapse with it")
     if run.rollout.teacher_fraction == 1.0 and run.loss.direction != "forward_kl":

@@ -87,12 +87,16 @@ def evaluate(
     run: RunPath,
     split: Annotated[str, typer.Option(help="Which split to measure.")] = "test",
     answers: Annotated[int, typer.Option(help="Show this many answers side by side.")] = 6,
+    again: Annotated[bool, typer.Option(help="Measure anew what was measured before.")] = False,
 ) -> None:
     """Measure base, in_context and baked on a split; writes evaluation.json."""
-    from opcd.programs import evaluate_run
+    from opcd.programs import evaluate_run, read_evaluation
     from opcd.tables import answers_table, paired_lines, results_table
 
-    found = evaluate_run(run, split)
+    known = None if again else read_evaluation(run, split)
+    if known:
+        console.print("these weights were measured before; --again measures them anew")
+    found = known or evaluate_run(run, split)
     console.print(answers_table(found.answers, answers))
     console.print(results_table(found.summary))
     for line in paired_lines(found.summary):

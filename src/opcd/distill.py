@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -110,12 +110,18 @@ def answer_as_teacher(parts: Parts, step: int) -> list[Answered]:
         pairs = {s: draw_tasks(parts, s) for s in steps}
         pairs = {s: p[: round(len(p) * teacher_fraction_at(config, s))] for s, p in pairs.items()}
         parts.teacher_engine.use("base", 0)
-        sampling = Sampling(
-            config.rollout.temperature, config.rollout.top_p, f"{config.seed}/teacher/{start}"
-        )
-        everything = [pair for of_step in pairs.values() for pair in of_step]
-        found = iter(answer(config, parts.teacher_engine, everything, sampling, with_context=True))
-        parts.ahead = {s: list(islice(found, len(of_step))) for s, of_step in pairs.items()}
+        sampling = Sampling(config.rollout.temperature, config.rollout.top_p, str(config.seed))
+        limit = config.rollout.max_new_tokens
+        prompts = [
+            Prompt(pair.task_id, pair.teacher_ids, limit, draw=f"/{s}")
+            for s, of_step in pairs.items()
+            for pair in of_step
+        ]
+        rollouts = iter(parts.teacher_engine.generate(prompts, sampling) if prompts else [])
+        parts.ahead = {
+            s: [Answered(pair, rollout) for pair, rollout in zip(of_step, rollouts, strict=False)]
+            for s, of_step in pairs.items()
+        }
     return parts.ahead[step]
 
 

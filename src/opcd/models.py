@@ -146,7 +146,8 @@ def output_head(model: Any) -> Head:
 
 def _precise_linear(linear: Any, hidden_CD: Tensor) -> Tensor:
     if type(linear) is not nn.Linear:  # adapted or quantised: its own forward knows how
-        return linear(hidden_CD.to(linear.weight.dtype))
+        logits_CV = linear(hidden_CD.to(linear.weight.dtype))
+        return logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
     weight, bias = _precise(linear.weight), linear.bias
     with torch.autocast(hidden_CD.device.type, enabled=False):
         bias = None if bias is None else bias.to(weight.dtype)
@@ -157,9 +158,9 @@ _PRECISE: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _precise(weight: Tensor) -> Tensor:
-    """The weight in float32 at least; on a CPU, where casting costs as much as using it, kept."""
+    """The weight in float32 at least; kept while it does not move, since it is used so often."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    if weight.dtype == dtype or weight.requires_grad or weight.device.type != "cpu":
+    if weight.dtype == dtype or weight.requires_grad:
         return weight.to(dtype)
     if weight not in _PRECISE or _PRECISE[weight][0] != weight._version:
         _PRECISE[weight] = (weight._version, weight.detach().to(dtype))

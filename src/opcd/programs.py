@@ -1,5 +1,6 @@
 """Programs on a finished run: measure it, ask it."""
 
+import json
 from pathlib import Path
 
 from opcd.adapters import load_weights
@@ -7,7 +8,7 @@ from opcd.assembly import Item, Parts, assemble
 from opcd.contexts import load_context
 from opcd.errors import ContextError
 from opcd.evaluation import CONDITIONS, Evaluation, evaluate, respond
-from opcd.runs import RunFolder, append_jsonl, open_run, write_json
+from opcd.runs import RunFolder, append_jsonl, open_run, read_jsonl, write_json
 from opcd.training import read_best
 from opcd.types import Context, Message, Task
 
@@ -33,6 +34,17 @@ def evaluate_run(path: Path, split: str = "test") -> Evaluation:
     folder.answers.unlink(missing_ok=True)
     append_jsonl(folder.answers, found.answers)
     return found
+
+
+def read_evaluation(path: Path, split: str) -> Evaluation | None:
+    """What `evaluation.json` says of a run's best weights on a split, if that is what it holds."""
+    folder, _ = open_run(path)
+    if not folder.evaluation.is_file() or not folder.answers.is_file():
+        return None
+    summary = json.loads(folder.evaluation.read_text(encoding="utf-8"))
+    if (summary["split"], summary["checkpoint"]) != (split, f"step-{read_best(folder)['step']}"):
+        return None
+    return Evaluation(summary, list(read_jsonl(folder.answers)))
 
 
 def sample_run(path: Path, prompt: str) -> dict[str, str]:

@@ -107,8 +107,15 @@ class LocalTeacher:
     head: Head = field(init=False)
 
     def __post_init__(self) -> None:
-        """Take the head once; its weights may move inside it."""
-        self.head = output_head(self.model)
+        """Take the head once; where it is trained, with the teacher's weights in place."""
+        head = output_head(self.model)
+
+        def own_head(hidden_CD: Tensor) -> Tensor:
+            with self.as_teacher():
+                return head(hidden_CD)
+
+        trained = any(p.requires_grad for p in self.model.get_output_embeddings().parameters())
+        self.head = own_head if trained else head
 
     @property
     def prefix_tokens(self) -> int:

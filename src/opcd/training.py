@@ -151,9 +151,6 @@ def choose_best(
     """Validate, and keep these weights if they are the best so far.
 
     Without a validation split, the last step is kept, and said to be no choice.
-
-    Raises:
-        ConfigError: the grader has no such metric.
     """
     if "validation" not in parts.items:
         found: dict[str, Any] = {"step": done, "chosen_by": "last step, no validation split"}
@@ -161,32 +158,31 @@ def choose_best(
         metrics = validate(parts, done - 1)
         tracker.validated(metrics)
         name = parts.config.evaluation.select_by if parts.grader else "kl_nats_per_token"
-        if name not in metrics:
-            raise ConfigError(
-                f"evaluation.select_by = {name!r} is no metric of the grader; it has "
-                f"{sorted(metrics.keys() - {'step'})}"
-            )
-        found = {**metrics, "step": done, "chosen_by": name}
+        highest = max(metrics[name], best.get("highest", metrics[name]))
+        found = {**metrics, "step": done, "chosen_by": name, "highest": highest}
         if best and not is_better(found, best, name):
-            return best
+            return {**best, "highest": highest}
     if parts.accelerator.is_main_process:
         _keep_weights(parts, folder.best, found)
     return found
 
 
 def is_better(found: dict[str, Any], best: dict[str, Any], name: str) -> bool:
-    """Whether a step's validation is better than the best so far.
+    """Whether a step's validation is better than that of the best so far.
 
-    By the metric `name`, if the two are further apart than one standard error of a share of
-    `rows`; else by the KL to the teacher, since a few rows more or less say nothing.
+    By the metric `name`, if it is further from the highest that was seen than one standard error
+    of a share of `rows`; else by the KL to the teacher, since a few rows more or less say nothing.
     """
     nearer = found["kl_nats_per_token"] < best["kl_nats_per_token"]
     if name == "kl_nats_per_token":
         return nearer
-    share = min(max(best[name], 0.0), 1.0)
-    noise = math.sqrt(share * (1.0 - share) / best["rows"])
-    gain = found[name] - best[name]
-    return nearer if abs(gain) <= noise else gain > 0
+    highest, rows = best.get("highest", best[name]), found["rows"]
+    # As if one row more were right and one wrong: at 0 and 1 there is noise too.
+    share = (highest * rows + 1) / (rows + 2)
+    noise = math.sqrt(share * (1.0 - share) / rows)
+    if abs(found[name] - highest) <= noise:
+        return nearer or best[name] < highest - noise
+    return found[name] > highest
 
 
 def write_checkpoint(

@@ -58,6 +58,21 @@ class Run(Section):
                 "log-probabilities a token, never the whole vocabulary; write "
                 'loss.support = {type = "top_k", of = "teacher"}'
             )
+        answers = max(
+            self.rollout.teacher_fraction,
+            (self.loss.warmup and self.loss.warmup.teacher_fraction) or 0.0,
+        )
+        if answers and self.loss.support.type == "sampled":
+            raise ValueError(
+                f"teacher_fraction = {answers} but loss.support is sampled, which estimates the KL "
+                'from the student\'s own tokens; write loss.support = {type = "exact"}'
+            )
+        if answers and self.teacher.type not in ("adapter_off", "frozen"):
+            raise ValueError(
+                f"teacher_fraction = {answers} (of rollout or loss.warmup) lets the teacher "
+                f"answer, but teacher.type = {self.teacher.type!r} has no weights of its own to "
+                'answer with; write teacher.type = "adapter_off" or "frozen"'
+            )
         if self.teacher.type == "adapter_off" and self.model.tuning.type == "full":
             raise ValueError(
                 "teacher.type is adapter_off but model.tuning is full: there is no adapter to "

@@ -20,6 +20,8 @@ class Prompt:
     task_id: str
     ids: tuple[int, ...]
     max_new_tokens: int
+    draw: str = ""
+    """Tells apart the draws of one task within one call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +34,9 @@ class Sampling:
     seed: str = ""
     """With the task id, decides every draw: not the batch a prompt happens to be in."""
 
-    def uniforms(self, task_id: str, count: int) -> Tensor:
+    def uniforms(self, prompt: Prompt, count: int) -> Tensor:
         """One number in [0, 1) for each of the response's first `count` tokens."""
-        digest = hashlib.sha256(f"{self.seed}/{task_id}".encode()).digest()
+        digest = hashlib.sha256(f"{self.seed}{prompt.draw}/{prompt.task_id}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         return torch.rand(count, generator=generator, dtype=torch.float64)
 

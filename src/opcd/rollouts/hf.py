@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from opcd.adapters import adapter_off, causal_model, merged_weights, share_frozen
+from opcd.adapters import adapter_off, causal_model, merged_weights, share_frozen, trainable
 from opcd.batching import padded_width
 from opcd.chunking import Head
 from opcd.models import output_head, why_no_prefix
@@ -55,14 +55,18 @@ class HFEngine:
         self._batch_rows = batch_rows
         self._policy: Policy | None = None
         self._copy: Any = None
-        self._copied_version: int | None = None
+        self._copied: tuple[int, int] | None = None
+        """The version, and how often its weights had been written to."""
         self._prefixes: dict[Policy, SharedPrefix] = {}
 
     @torch.no_grad()
     def use(self, policy: Policy, version: int) -> None:
         """Answer as the student of this version, or as the base model."""
         self._policy = policy
-        if policy == "base" or self._copied_version == version:
+        if policy == "base":
+            return
+        copied = version, sum(p._version for p in trainable(self._student).values())
+        if self._copied == copied:
             return
         if self._copy is None:
             self._copy = self._make_copy()
@@ -70,7 +74,7 @@ class HFEngine:
         for name, weight in merged_weights(self._student):
             if own[name].data_ptr() != weight.data_ptr():
                 own[name].copy_(weight)
-        self._copied_version = version
+        self._copied = copied
         self._prefixes.pop("student", None)
 
     def _make_copy(self) -> Any:
@@ -130,7 +134,7 @@ class HFEngine:
         plain = causal_model(self._model)
         ids_BS, mask_BS = _pad_left([prompt.ids[cut:] for prompt in prompts], plain.device)
         most = max(prompt.max_new_tokens for prompt in prompts)
-        uniforms_BT = torch.stack([sampling.uniforms(prompt.task_id, most) for prompt in prompts])
+        uniforms_BT = torch.stack([sampling.uniforms(prompt, most) for prompt in prompts])
         responses: list[list[int]] = [[] for _ in prompts]
         active = list(range(len(prompts)))
         cache = DynamicCache(config=plain.config)
