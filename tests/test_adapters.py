@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig, Qwen3Config
 
 from opcd.adapters import (
     adapter_off,
@@ -21,31 +19,8 @@ from opcd.adapters import (
 )
 from opcd.config.training import Full, Lora
 from opcd.errors import ModelError
-from tiny import SHAPE, nudge
+from tiny import LORA, logits, tuned
 from worlds import tiny_llama
-
-LORA = Lora(rank=4, alpha=8)
-IDS_BS = torch.tensor([[7, 8, 9, 10, 11, 12]])
-HEADS = {
-    "llama": LlamaConfig(**SHAPE),
-    "llama, tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
-    "qwen3": Qwen3Config(**SHAPE),
-    "gemma2, capped": Gemma2Config(**SHAPE, final_logit_softcapping=1.5),
-    "cohere, multiplied": CohereConfig(**SHAPE, logit_scale=0.3),
-    "granite, divided": GraniteConfig(**SHAPE, logits_scaling=7.0),
-}
-
-
-def tuned(tuning: Lora | Full = LORA, seed: int = 0, **config: Any) -> Any:
-    """A student that has left its base."""
-    model = tune(tiny_llama(**config), tuning, seed)
-    nudge(model, 3)
-    return model.eval()
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    return model(input_ids=IDS_BS).logits[0]
 
 
 def test_merged_weights_are_those_peft_merges() -> None:

@@ -12,10 +12,9 @@ from opcd import models
 from opcd.adapters import (
     causal_model,
     trainable,
-    tune,
 )
 from opcd.batching import Side, collate
-from opcd.config.training import Full, Lora, Loss
+from opcd.config.training import Full, Loss
 from opcd.errors import ModelError
 from opcd.models import (
     Distiller,
@@ -26,11 +25,9 @@ from opcd.models import (
     shared_opening,
 )
 from opcd.types import PromptPair
-from tiny import SHAPE, build, nudge, pair_of, reverse_kl, rollout_of
+from tiny import IDS_BS, LORA, SHAPE, build, logits, pair_of, reverse_kl, rollout_of, tuned
 from worlds import tiny_llama, tokenizer
 
-LORA = Lora(rank=4, alpha=8)
-IDS_BS = torch.tensor([[7, 8, 9, 10, 11, 12]])
 HEADS = {
     "llama": LlamaConfig(**SHAPE),
     "llama, tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
@@ -39,18 +36,6 @@ HEADS = {
     "cohere, multiplied": CohereConfig(**SHAPE, logit_scale=0.3),
     "granite, divided": GraniteConfig(**SHAPE, logits_scaling=7.0),
 }
-
-
-def tuned(tuning: Lora | Full = LORA, seed: int = 0, **config: Any) -> Any:
-    """A student that has left its base."""
-    model = tune(tiny_llama(**config), tuning, seed)
-    nudge(model, 3)
-    return model.eval()
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    return model(input_ids=IDS_BS).logits[0]
 
 
 @pytest.mark.parametrize("name", list(HEADS))

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from opcd.adapters import trainable
+from opcd.adapters import trainable, tune
 from opcd.assembly import Parts, assemble
 from opcd.config import Run, load_config
+from opcd.config.training import Full, Lora
 from opcd.rollouts.engine import Prompt
 from opcd.rollouts.scripted import ScriptedEngine
 from opcd.types import PromptPair, Rollout
-from worlds import END_ID, SPECIALS, write_jsonl
+from worlds import END_ID, SPECIALS, tiny_llama, write_jsonl
 
 VOCABULARY = 300
 
@@ -133,3 +134,20 @@ def scripted(policy: str, prompt: Prompt) -> tuple[int, ...]:
     del policy
     seed = sum(prompt.task_id.encode())
     return (*random_ids(1 + seed % 4, seed), END_ID)
+
+
+LORA = Lora(rank=4, alpha=8)
+IDS_BS = torch.tensor([[7, 8, 9, 10, 11, 12]])
+
+
+def tuned(tuning: Lora | Full = LORA, seed: int = 0, **config: Any) -> Any:
+    """A student that has left its base."""
+    model = tune(tiny_llama(**config), tuning, seed)
+    nudge(model, 3)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    """The model's own, for a few tokens: `_SV`."""
+    return model(input_ids=IDS_BS).logits[0]
