@@ -1,7 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/support_desk
-STEPS := $(shell sed -n 's/^steps = //p' recipes/support_desk/run.toml)
 
 .PHONY: demo test lint types unit bench wheel clean
 
@@ -10,8 +9,8 @@ STEPS := $(shell sed -n 's/^steps = //p' recipes/support_desk/run.toml)
 demo: .venv/ready
 	@if [ -n "$(OVERWRITE)" ] || [ ! -e $(RUN) ]; then \
 	  $(BIN)/opcd train recipes/support_desk/run.toml $(OVERWRITE); \
-	elif [ -e $(RUN)/checkpoints/step-$(STEPS) ]; then \
-	  echo "$(RUN) is trained already. 'make demo OVERWRITE=--overwrite' trains it anew."; \
+	elif [ -e $(RUN)/evaluation.json ]; then \
+	  echo "$(RUN) is there already. 'make demo OVERWRITE=--overwrite' trains it anew."; \
 	else \
 	  $(BIN)/opcd train recipes/support_desk/run.toml --resume; \
 	fi

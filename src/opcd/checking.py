@@ -8,7 +8,7 @@ from opcd.config import Run, check_files, load_config
 from opcd.config.inputs import HubDataset
 from opcd.contexts import load_context
 from opcd.errors import ConfigError
-from opcd.graders import build_grader
+from opcd.graders import Grader, build_grader
 from opcd.tasks import load_splits
 from opcd.types import Task
 
@@ -34,7 +34,7 @@ def check_run(path: Path, overrides: Sequence[str] = ()) -> tuple[Run, list[str]
     if any(isinstance(source, HubDataset) for source in sources):
         return run, [*facts, "tasks: from a data set, read when the run starts"]
     splits = load_splits(run.tasks, run.seed)
-    check_select_by(run, splits.get("validation", []))
+    check_select_by(run, grader, splits.get("validation", []))
     for split, tasks in splits.items():
         for task in tasks:
             load_context(run.context, task)
@@ -43,15 +43,15 @@ def check_run(path: Path, overrides: Sequence[str] = ()) -> tuple[Run, list[str]
     return run, [*facts, "tasks: " + ", ".join(f"{len(t)} {s}" for s, t in splits.items())]
 
 
-def check_select_by(run: Run, validation: Sequence[Task]) -> None:
+def check_select_by(run: Run, grader: Grader | None, validation: Sequence[Task]) -> None:
     """Refuse a metric to select by that the grader does not give.
 
     Raises:
         ConfigError: naming those it gives.
     """
-    if run.grader is None or not validation:
+    if grader is None or not validation:
         return
-    metrics = {*build_grader(run.grader)(validation[0], "").metrics, "kl_nats_per_token"}
+    metrics = {*grader(validation[0], "").metrics, "kl_nats_per_token"}
     if run.evaluation.select_by not in metrics:
         raise ConfigError(
             f"evaluation.select_by = {run.evaluation.select_by!r} is no metric of the grader; it "

@@ -62,9 +62,8 @@ def chunked_stats(
             found.append(TokenStats(*(column.detach() for column in stats)))
         return _join(found), torch.cat(gradients)
 
-    if not torch.is_grad_enabled():
-        return _join([one_chunk(*part) for part in slices(student_TD, teacher_TD, response_T)])
-    if not student_head(student_TD[:1].detach()).requires_grad:
+    # The head of no token costs nothing, and tells whether it would be trained.
+    if torch.is_grad_enabled() and not student_head(student_TD[:0].detach()).requires_grad:
         return TokenStats(*_FrozenHead.apply(student_TD, stats_and_gradient))
     parts = slices(student_TD, teacher_TD, response_T)
     return _join([checkpoint(one_chunk, *part, use_reentrant=False) for part in parts])

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -111,13 +111,8 @@ def answer_as_teacher(parts: Parts, step: int) -> list[Answered]:
         pairs = {s: p[: round(len(p) * teacher_fraction_at(config, s))] for s, p in pairs.items()}
         parts.teacher_engine.use("base", 0)
         sampling = Sampling(config.rollout.temperature, config.rollout.top_p, str(config.seed))
-        limit = config.rollout.max_new_tokens
-        prompts = [
-            Prompt(pair.task_id, pair.teacher_ids, limit, draw=f"/{s}")
-            for s, of_step in pairs.items()
-            for pair in of_step
-        ]
-        rollouts = iter(parts.teacher_engine.generate(prompts, sampling) if prompts else [])
+        asked = [prompts_of(config, of_step, True, f"/{s}") for s, of_step in pairs.items()]
+        rollouts = iter(parts.teacher_engine.generate(list(chain(*asked)), sampling))
         parts.ahead = {
             s: [Answered(pair, rollout) for pair, rollout in zip(of_step, rollouts, strict=False)]
             for s, of_step in pairs.items()
@@ -133,13 +128,19 @@ def answer(
     with_context: bool = False,
 ) -> list[Answered]:
     """Each pair with a response to its student prompt, or to its teacher prompt."""
+    rollouts = engine.generate(prompts_of(config, pairs, with_context), sampling)
+    return [Answered(pair, rollout) for pair, rollout in zip(pairs, rollouts, strict=True)]
+
+
+def prompts_of(
+    config: Run, pairs: Sequence[PromptPair], with_context: bool, draw: str = ""
+) -> list[Prompt]:
+    """What an engine is asked: one side of each pair, and how long the response may be."""
     most = {"task": config.rollout.max_new_tokens, "anchor": config.anchor.max_new_tokens}
-    prompts = [
-        Prompt(p.task_id, p.teacher_ids if with_context else p.student_ids, most[p.origin])
+    return [
+        Prompt(p.task_id, p.teacher_ids if with_context else p.student_ids, most[p.origin], draw)
         for p in pairs
     ]
-    rollouts = engine.generate(prompts, sampling) if prompts else []
-    return [Answered(pair, rollout) for pair, rollout in zip(pairs, rollouts, strict=True)]
 
 
 def count_rollouts(parts: Parts, answered: Sequence[Answered], tally: Tally) -> None:

@@ -82,8 +82,9 @@ def grade_choice(
     else:
         # Longest first, so that "very good" does not name "good" as well.
         longest = "|".join(re.escape(c) for c in sorted(choices, key=len, reverse=True))
-        named = re.findall(rf"(?<!\w)(?:{longest})(?!\w)", response, re.IGNORECASE)
-        found = {c for c in choices if c.lower() in {name.lower() for name in named}}
+        words = re.findall(rf"(?<!\w)(?:{longest})(?!\w)", response, re.IGNORECASE)
+        named = {word.lower() for word in words}
+        found = {c for c in choices if c.lower() in named}
     if len(found) != 1:
         return _score(valid=False, correct=False, note=f"names {len(found)} of the choices")
     (choice,) = found

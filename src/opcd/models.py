@@ -61,7 +61,7 @@ def hidden_states(model: Any, side: Side) -> Tensor:
     """The hidden states that predict the response tokens, `hidden_TD`; no head is run.
 
     An opening that all rows share, such as a chat template's own system message, is read once for
-    all of them, and gets its gradient from all of them.
+    all of them, and gets its gradient from all of them (`prefix_cache` has none to give).
     """
     assert side.prefix_tokens == 0, "a prefix of the whole run is read by prefix_cache"
     decoder = causal_model(model).get_decoder()

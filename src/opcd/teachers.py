@@ -179,7 +179,7 @@ class LocalTeacher:
         own_1S = torch.tensor([list(probe)], device=device)
         cached_TD = forward_after_prefix(self.model, prefix, own_1S)[0]
         sides = (hidden_states(self.model, whole), cached_TD)
-        log_probs = [self.head(side_TD).float().log_softmax(-1) for side_TD in sides]
+        log_probs = [self.head(side_TD).log_softmax(-1) for side_TD in sides]
         return divergence(log_probs[0], log_probs[1], "reverse_kl").max().item()
 
     @contextmanager

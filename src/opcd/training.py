@@ -177,8 +177,9 @@ def is_better(found: dict[str, Any], best: dict[str, Any], name: str) -> bool:
     if name == "kl_nats_per_token":
         return nearer
     highest, rows = best.get("highest", best[name]), found["rows"]
-    # As if one row more were right and one wrong: at 0 and 1 there is noise too.
-    share = (highest * rows + 1) / (rows + 2)
+    # As if one row more were right and one wrong: at 0 and 1 there is noise too. A user's own
+    # metric need not be a share.
+    share = (min(max(highest, 0.0), 1.0) * rows + 1) / (rows + 2)
     noise = math.sqrt(share * (1.0 - share) / rows)
     if abs(found[name] - highest) <= noise:
         return nearer or best[name] < highest - noise

@@ -49,14 +49,15 @@ class HFEngine:
             batch_rows: sequences decoded together.
         """
         self._student = student
-        self.base = base
-        self.dtype = dtype
-        self.end_ids = end_ids
+        self._base = base
+        self._dtype = dtype
+        self._end_ids = end_ids
         self._batch_rows = batch_rows
         self._policy: Policy | None = None
         self._copy: Any = None
         self._copied: tuple[int, int] | None = None
-        """The version, and how often its weights had been written to."""
+        """The version, and how often its weights had been written to: training gives each step a
+        version, but weights may also be loaded in between."""
         self._prefixes: dict[Policy, SharedPrefix] = {}
 
     @torch.no_grad()
@@ -81,7 +82,7 @@ class HFEngine:
         plain = causal_model(self._student)
         # The weights it starts from do not matter; the random numbers they are made of do.
         with torch.random.fork_rng(devices=[]):
-            copy: Any = AutoModelForCausalLM.from_config(plain.config, dtype=self.dtype)
+            copy: Any = AutoModelForCausalLM.from_config(plain.config, dtype=self._dtype)
         copy.to(plain.device).eval().requires_grad_(False)
         share_frozen(self._student, copy)
         return copy
@@ -89,7 +90,7 @@ class HFEngine:
     @property
     def _model(self) -> Any:
         """What answers: for the base, a wrapper whose adapter has to be off."""
-        return self.base if self._policy == "base" else self._copy
+        return self._base if self._policy == "base" else self._copy
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
@@ -147,7 +148,7 @@ class HFEngine:
             keep = [
                 i
                 for i, (row, token) in enumerate(zip(active, tokens, strict=True))
-                if token not in self.end_ids and step + 1 < prompts[row].max_new_tokens
+                if token not in self._end_ids and step + 1 < prompts[row].max_new_tokens
             ]
             if not keep:
                 break
@@ -159,7 +160,7 @@ class HFEngine:
             ids_BS = tokens_B.unsqueeze(-1)
             mask_BS = torch.cat([mask_BS, torch.ones_like(ids_BS)], dim=-1)
         return [
-            Rollout(prompt.task_id, tuple(response), finished=response[-1] in self.end_ids)
+            Rollout(prompt.task_id, tuple(response), finished=response[-1] in self._end_ids)
             for prompt, response in zip(prompts, responses, strict=True)
         ]
 
