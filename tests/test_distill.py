@@ -166,11 +166,11 @@ def test_an_anchors_teacher_is_the_base_with_the_same_prompt(
     assert metrics["anchor_kl_nats_per_token"] > 1e-3
 
 
-def test_a_share_of_the_tasks_is_answered_by_the_teacher_with_the_context(
+def test_a_share_of_the_prompts_is_answered_by_their_teachers(
     tiny_model_path: Path, tmp_path: Path
 ) -> None:
     """Off-policy rows are asked under "base" with the teacher's prompt, the rest as ever."""
-    overrides = (*LORA, "rollout.teacher_fraction=0.67")
+    overrides = (*LORA, "rollout.teacher_fraction=0.67", "anchor.share=0.5")
     parts, _ = started(tmp_path, tiny_model_path, *overrides)
     seen: dict[str, tuple[str, tuple[int, ...]]] = {}
 
@@ -181,8 +181,8 @@ def test_a_share_of_the_tasks_is_answered_by_the_teacher_with_the_context(
     parts.engine = parts.teacher_engine = ScriptedEngine(script)
     pairs = [answered.pair for answered in roll_out(parts, 0)]
     policies = [seen[pair.task_id][0] for pair in pairs]
-    assert policies == ["base", "base", "student", "student"]
-    assert [pair.origin for pair in pairs] == ["task", "task", "task", "anchor"]
+    asked = [(policy, pair.origin) for policy, pair in zip(policies, pairs, strict=True)]
+    assert asked == [("base", "task"), ("base", "anchor"), ("student", "task"), ("student", "anchor")]
     for pair in pairs:
         policy, ids = seen[pair.task_id]
         assert ids == (pair.teacher_ids if policy == "base" else pair.student_ids)
@@ -208,8 +208,8 @@ def test_a_task_drawn_twice_is_answered_twice_by_the_teacher(
 
     parts.teacher_engine.generate = watched  # type: ignore[method-assign]
     steps = [answer_as_teacher(parts, step) for step in range(12)]
-    assert [len(step) for step in steps] == [3] * 12
-    assert len(set(asked)) == len(asked) == 36 > len({task for task, _ in asked})
+    assert [len(step) for step in steps] == [4] * 12, "three tasks and an anchor"
+    assert len(set(asked)) == len(asked) == 48 > len({task for task, _ in asked})
     assert answer_as_teacher(parts, 5)[0].pair == steps[5][0].pair, "whatever step comes first"
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from opcd.tasks import draw
 from opcd.types import Answered, PromptPair
 
 AHEAD_STEPS = 10
-"""Steps whose teacher's answers are generated together."""
+"""Steps whose teachers' answers are generated together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,46 +77,59 @@ def distill(parts: Parts, trainer: Trainer) -> Iterator[StepReport]:
 def roll_out(parts: Parts, step: int) -> list[Answered]:
     """Draw this process's tasks and anchors of a step, and have them answered.
 
-    The first `teacher_fraction` of the tasks is answered by the teacher with the context
-    (off-policy), the rest and all anchors by the student.
+    The first `teacher_fraction` of each is answered by their teachers (off-policy), the rest by
+    the student.
     """
-    config, seed = parts.config, f"{parts.config.seed}/{step}"
     answered = answer_as_teacher(parts, step)
-    tasks = draw_tasks(parts, step)[len(answered) :]
-    drawn = parts.anchors.draw(config.anchors_per_step, seed)
-    anchors = parts.render_anchors(drawn[parts.own_share])
-    parts.engine.use("student", step)
-    sampling = Sampling(config.rollout.temperature, config.rollout.top_p, seed)
-    return answered + answer(config, parts.engine, [*tasks, *anchors], sampling)
-
-
-def draw_tasks(parts: Parts, step: int) -> list[PromptPair]:
-    """This process's share of a step's tasks."""
+    _, asked = draw_pairs(parts, step)
+    if not asked:
+        return answered
     config = parts.config
-    items = draw(parts.items["train"], config.tasks_per_step, step, config.seed)
-    return [item.pair for item in items[parts.own_share]]
+    parts.engine.use("student", step)
+    sampling = Sampling(config.rollout.temperature, config.rollout.top_p, f"{config.seed}/{step}")
+    return answered + answer(config, parts.engine, asked, sampling)
+
+
+def draw_pairs(parts: Parts, step: int) -> tuple[list[PromptPair], list[PromptPair]]:
+    """This process's prompts of a step: those that their teachers answer, and the student's."""
+    config, fraction = parts.config, teacher_fraction_at(parts.config, step)
+    tasks = draw(parts.items["train"], config.tasks_per_step, step, config.seed)
+    anchors = parts.anchors.draw(config.anchors_per_step, f"{config.seed}/{step}")
+    taught: list[PromptPair] = []
+    asked: list[PromptPair] = []
+    for pairs in (
+        [item.pair for item in tasks[parts.own_share]],
+        parts.render_anchors(anchors[parts.own_share]),
+    ):
+        cut = round(len(pairs) * fraction)
+        taught += pairs[:cut]
+        asked += pairs[cut:]
+    return taught, asked
 
 
 def answer_as_teacher(parts: Parts, step: int) -> list[Answered]:
-    """The tasks of a step that the teacher answers, with its responses.
+    """The prompts of a step that their teachers answer, with the responses.
 
-    It stands still, so it answers those of `AHEAD_STEPS` steps at a time: many rows cost little
-    more than few. Where the windows begin does not depend on where a run was resumed.
+    Those teachers stand still, so they answer the prompts of `AHEAD_STEPS` steps at a time: many
+    rows cost little more than few. Where the windows begin does not depend on where a run was
+    resumed.
     """
     config = parts.config
     if step not in parts.ahead:
         start = step - step % AHEAD_STEPS
         steps = range(start, min(start + AHEAD_STEPS, config.steps))
-        pairs = {s: draw_tasks(parts, s) for s in steps}
-        pairs = {s: p[: round(len(p) * teacher_fraction_at(config, s))] for s, p in pairs.items()}
-        parts.teacher_engine.use("base", 0)
+        parts.ahead = {s: [] for s in steps}
+        taught = [(s, pair) for s in steps for pair in draw_pairs(parts, s)[0]]
         sampling = Sampling(config.rollout.temperature, config.rollout.top_p, str(config.seed))
-        asked = [prompts_of(config, of_step, True, f"/{s}") for s, of_step in pairs.items()]
-        rollouts = iter(parts.teacher_engine.generate(list(chain(*asked)), sampling))
-        parts.ahead = {
-            s: [Answered(pair, rollout) for pair, rollout in zip(of_step, rollouts, strict=False)]
-            for s, of_step in pairs.items()
-        }
+        # Apart, since all the tasks' prompts begin with the context, which is then read once.
+        for origin, engine in (("task", parts.teacher_engine), ("anchor", parts.engine)):
+            mine = [(s, pair) for s, pair in taught if pair.origin == origin]
+            if not mine:
+                continue
+            engine.use("base", 0)
+            prompts = [prompt_of(config, pair, True, f"/{s}") for s, pair in mine]
+            for (s, pair), rollout in zip(mine, engine.generate(prompts, sampling), strict=True):
+                parts.ahead[s].append(Answered(pair, rollout))
     return parts.ahead[step]
 
 
@@ -128,19 +141,16 @@ def answer(
     with_context: bool = False,
 ) -> list[Answered]:
     """Each pair with a response to its student prompt, or to its teacher prompt."""
-    rollouts = engine.generate(prompts_of(config, pairs, with_context), sampling)
+    prompts = [prompt_of(config, pair, with_context) for pair in pairs]
+    rollouts = engine.generate(prompts, sampling)
     return [Answered(pair, rollout) for pair, rollout in zip(pairs, rollouts, strict=True)]
 
 
-def prompts_of(
-    config: Run, pairs: Sequence[PromptPair], with_context: bool, draw: str = ""
-) -> list[Prompt]:
-    """What an engine is asked: one side of each pair, and how long the response may be."""
+def prompt_of(config: Run, pair: PromptPair, with_context: bool, draw: str = "") -> Prompt:
+    """What an engine is asked: one side of a pair, and how long the response may be."""
     most = {"task": config.rollout.max_new_tokens, "anchor": config.anchor.max_new_tokens}
-    return [
-        Prompt(p.task_id, p.teacher_ids if with_context else p.student_ids, most[p.origin], draw)
-        for p in pairs
-    ]
+    ids = pair.teacher_ids if with_context else pair.student_ids
+    return Prompt(pair.task_id, ids, most[pair.origin], draw)
 
 
 def count_rollouts(parts: Parts, answered: Sequence[Answered], tally: Tally) -> None:
@@ -166,7 +176,7 @@ def count_rollouts(parts: Parts, answered: Sequence[Answered], tally: Tally) -> 
 
 
 def teacher_fraction_at(config: Run, step: int) -> float:
-    """The share of a step's tasks that the teacher answers."""
+    """The share of a step's prompts that their teachers answer."""
     warmup = config.loss.warmup
     if warmup is None or step >= warmup.steps or warmup.teacher_fraction is None:
         return config.rollout.teacher_fraction

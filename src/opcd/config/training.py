@@ -73,7 +73,8 @@ class Rollout(Section):
     batch_rows: Count = 64
     """Sequences decoded together."""
     teacher_fraction: Share = 0.0
-    """Share of the prompts answered by the teacher with the context: 1 is off-policy."""
+    """Share of the prompts answered by their teachers, tasks by the one that sees the context and
+    anchors by the base model: 1 is off-policy."""
     max_truncated_fraction: Share = 1.0
     """Stop the run where more responses of a step than this are cut by `max_new_tokens`."""
 
