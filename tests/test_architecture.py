@@ -17,13 +17,25 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "support_desk" / "run.toml"
 
 FLOORS = (
     ("errors", "types", "config", "config.*"),
-    ("targets", "tasks", "contexts", "graders", "rendering", "anchors", "intervals"),
+    (
+        "targets",
+        "tasks",
+        "contexts",
+        "graders",
+        "rendering",
+        "anchors",
+        "intervals",
+        "other_contexts",
+    ),
     ("divergence", "batching", "chunking"),
     ("weights", "adapters", "models", "prefix_cache", "teachers", "rollouts", "rollouts.*"),
     ("runs", "checkpoint", "tracking", "tally"),
     (
         "assembly",
         "distill",
+        "responses",
+        "suites",
+        "gap",
         "evaluation",
         "training",
         "programs",

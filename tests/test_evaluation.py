@@ -9,27 +9,22 @@ import torch
 
 from opcd.adapters import adapter_off
 from opcd.assembly import Parts, assemble
-from opcd.config.training import Loss
-from opcd.distill import answer
 from opcd.errors import TaskError
 from opcd.evaluation import (
     CONDITIONS,
     Evaluation,
-    Response,
     evaluate,
-    kept_suite,
     paired_tests,
-    respond,
-    score,
     task_suite,
+    token_kl,
     validate,
 )
 from opcd.intervals import mcnemar
 from opcd.programs import evaluate_run, sample_run
-from opcd.rollouts.engine import Sampling
+from opcd.responses import Response, respond
 from opcd.training import train
-from opcd.types import Score
-from tiny import log_probs_of, make_run, nudge, parts_of, reverse_kl
+from opcd.types import Answered, PromptPair, Rollout, Score
+from tiny import log_probs_of, make_run, nudge, reverse_kl
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +50,8 @@ def test_evaluation_json_is_as_the_design_says(untrained: Evaluation) -> None:
     assert tuple(summary["suites"]["task"]) == CONDITIONS == ("base", "in_context", "baked")
     for metrics in summary["suites"]["task"].values():
         assert {"valid", "correct", "agreement"} <= metrics.keys()
-    assert {"kl_nats_per_token", "greedy_agreement"} == summary["suites"]["kept"]["baked"].keys()
+    found = summary["suites"]["kept"]["baked"].keys()
+    assert {"kl_nats_per_token", "greedy_agreement", "length_ratio"} == found
     for metric in leaves(summary["suites"]):
         assert metric.keys() == {"mean", "ci95", "n"}
         low, high = metric["ci95"]
@@ -93,63 +89,28 @@ def test_answers_are_rows_for_people(untrained: Evaluation) -> None:
             assert {"text", "note", "valid", "correct"} <= row[condition].keys()
 
 
-def test_conditions_ask_the_right_weights_with_the_right_prompt(
+def test_tokens_show_what_the_context_changes_and_what_is_left_of_it(
     tiny_model_path: Path, tmp_path: Path
 ) -> None:
-    scripted = parts_of(make_run(tmp_path, tiny_model_path))
-    seen: list[tuple[str, tuple[int, ...]]] = []
-
-    def script(policy: str, prompt: Any) -> tuple[int, ...]:
-        seen.append((policy, prompt.ids))
-        return (7, 2)
-
-    scripted.engine.script = script  # type: ignore[attr-defined]
-    item = scripted.items["test"][0]
-    for condition in CONDITIONS:
-        respond(scripted, [item], condition)
-    pair = item.pair
-    assert seen == [
-        ("base", pair.student_ids),
-        ("base", pair.teacher_ids),
-        ("student", pair.student_ids),
-    ]
-
-
-def test_kept_is_the_forward_kl_along_the_bases_own_answers(
-    tiny_model_path: Path, tmp_path: Path
-) -> None:
-    """KL(base || baked), each answer's mean, against transformers alone."""
+    """KL(with || without the context) of base and baked, against transformers alone."""
     parts = assemble(make_run(tmp_path, tiny_model_path))
     nudge(parts.student, size=0.1)
     parts.student.eval()
-    pairs = parts.render_anchors(parts.kept.draw(3, "kept"))
-    parts.engine.use("base", 0)
-    means = []
+    responses = respond(parts, parts.items["test"], "in_context")
     with torch.no_grad():
-        for given in answer(parts.config, parts.engine, pairs, Sampling()):
-            prompt, response = given.pair.student_ids, given.rollout.response_ids
-            baked_TV = log_probs_of(parts.student, prompt, response)
+        for given, row in zip(responses, token_kl(parts, responses), strict=True):
+            pair, ids = given.answered.pair, given.answered.rollout.response_ids
+            baked_TV = log_probs_of(parts.student, pair.student_ids, ids)
             with adapter_off(parts.student):
-                base_TV = log_probs_of(parts.student, prompt, response)
-            means.append(reverse_kl(base_TV, baked_TV).mean().item())
-    found = kept_suite(parts)["baked"]
-    assert found["kl_nats_per_token"]["mean"] == pytest.approx(sum(means) / 3, rel=1e-3)
-    assert found["kl_nats_per_token"]["mean"] > 0.05
-    assert 0 <= found["greedy_agreement"]["mean"] <= 1
-
-
-def test_scoring_goes_portion_by_portion_through_everything(parts: Parts) -> None:
-    """Every response is scored once, with as many values as it has tokens, without gradient."""
-    pairs = [item.pair for item in parts.items["train"]]
-    parts.engine.use("base", 0)
-    answered = answer(parts.config, parts.engine, pairs, Sampling())
-    seen = []
-    for portion, stats in score(parts, answered, Loss()):
-        assert len(portion) <= parts.config.batch.rows_per_forward
-        assert len(stats.kl_T) == sum(len(a.rollout.response_ids) for a in portion)
-        assert not stats.divergence_T.requires_grad
-        seen += [a.pair.task_id for a in portion]
-    assert sorted(seen) == sorted(pair.task_id for pair in pairs)
+                base_TV = log_probs_of(parts.student, pair.student_ids, ids)
+                teacher_TV = log_probs_of(parts.student, pair.teacher_ids, ids)
+            assert row["id"] == pair.task_id and len(row["tokens"]) == len(ids)
+            assert row["base_kl_nats"] == pytest.approx(
+                reverse_kl(teacher_TV, base_TV).tolist(), rel=1e-3, abs=1e-5
+            )
+            assert row["baked_kl_nats"] == pytest.approx(
+                reverse_kl(teacher_TV, baked_TV).tolist(), rel=1e-3, abs=1e-5
+            )
 
 
 def test_validation_is_on_validation_rows_without_the_context(parts: Parts) -> None:
@@ -163,8 +124,11 @@ def test_a_split_that_is_not_there_names_the_others(parts: Parts) -> None:
         evaluate(parts, "dev", "step-0")
 
 
+PAIR = PromptPair("x", (1,), (1,))
+
+
 def response(text: str, **metrics: float) -> Response:
-    return Response(text, len(text), finished=True, score=Score(metrics))
+    return Response(Answered(PAIR, Rollout("x", (7,), True)), text, Score(metrics))
 
 
 def test_paired_tests_compare_the_same_rows() -> None:

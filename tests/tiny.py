@@ -105,7 +105,7 @@ def write_recipe(folder: Path, model_path: Path, system: str = "Answer in verse.
         rollout = {{ max_new_tokens = 5 }}
         batch = {{ prompts_per_step = 4, rows_per_forward = 2 }}
         anchor = {{ share = 0.25, path = "anchors.json", max_new_tokens = 4 }}
-        evaluation = {{ every_steps = 2, kept_rows = 3 }}
+        evaluation = {{ every_steps = 2, kept_rows = 3, suites = ["kept"] }}
         checkpoint = {{ every_steps = 2 }}
         """,
         encoding="utf-8",

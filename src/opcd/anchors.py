@@ -7,8 +7,8 @@ They hold the rest of the behaviour still while one behaviour is baked in. The s
 
 import json
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
@@ -23,6 +23,8 @@ class AnchorSet:
     systems: tuple[str, ...]
     prompts: tuple[str, ...]
     name: str
+    answers: Mapping[str, str] = field(default_factory=dict)
+    """Prompt -> a text that a right answer holds, where there is one."""
 
     def draw(self, count: int, seed: str) -> list[Task]:
         """`count` combinations, a function of `seed` alone; no prompt twice while they last."""
@@ -33,6 +35,7 @@ class AnchorSet:
             Task(
                 id=f"{self.name}-{seed}-{index}",
                 messages=(Message("system", system), Message("user", prompt)),
+                answer=self.answers.get(prompt),
             )
             for index, (system, prompt) in enumerate(zip(systems, prompts, strict=True))
         ]
@@ -48,8 +51,13 @@ def load_anchors(path: Path | None = None) -> tuple[AnchorSet, AnchorSet]:
     try:
         tree = json.loads(source.read_text(encoding="utf-8"))
         train, test = (
-            AnchorSet(tuple(tree[s]["systems"]), tuple(tree[s]["prompts"]), f"anchor-{s}")
-            for s in ("train", "test")
+            AnchorSet(
+                tuple(part["systems"]),
+                tuple(part["prompts"]),
+                f"anchor-{s}",
+                part.get("answers", {}),
+            )
+            for s, part in ((s, tree[s]) for s in ("train", "test"))
         )
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise TaskError(

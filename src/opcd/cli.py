@@ -61,6 +61,22 @@ def check(
 
 
 @app.command()
+def gap(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Before training: what the context changes on validation rows, and whether to bake it."""
+    from opcd.config import load_config
+
+    run = load_config(config, overrides or [])
+    from opcd.gap import verdict
+    from opcd.programs import gap_of
+    from opcd.tables import gap_table
+
+    found = gap_of(run)
+    console.print(gap_table(found))
+    for line in verdict(found):
+        console.print(line, highlight=False, markup=False)
+
+
+@app.command()
 def train(
     config: ConfigPath,
     overrides: Overrides = None,

@@ -38,6 +38,21 @@ def build_grader(config: inputs.GraderConfig) -> Grader:
             return resolve(config.target)
 
 
+def form_of(config: inputs.GraderConfig) -> Callable[[str], bool] | None:
+    """Whether a text has the form that right answers have, whatever it says; `None` if any has."""
+    match config:
+        case inputs.JsonObject(keys=keys):
+            answer: Any = dict.fromkeys(keys)
+        case inputs.Choice(choices=choices):
+            answer = choices[0]
+        case inputs.Regex():
+            answer = None
+        case _:
+            return None
+    grader, task = build_grader(config), Task("form", (), answer)
+    return lambda text: grader(task, text).metrics["valid"] == 1.0
+
+
 def grade_exact(task: Task, response: str, ignore_case: bool = False) -> Score:
     """Right where response and answer are the same text."""
     found, wanted = response.strip(), str(_answer(task)).strip()

@@ -2,12 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from opcd.adapters import load_weights
 from opcd.assembly import Item, Parts, assemble
+from opcd.config import Run
 from opcd.contexts import load_context
-from opcd.errors import ContextError
-from opcd.evaluation import CONDITIONS, Evaluation, evaluate, respond
+from opcd.errors import ContextError, RunFolderError
+from opcd.evaluation import CONDITIONS, Evaluation, evaluate
+from opcd.gap import measure_gap
+from opcd.responses import respond
 from opcd.runs import RunFolder, append_jsonl, open_run, read_jsonl, write_json
 from opcd.training import read_best
 from opcd.types import Context, Message, Task
@@ -26,13 +30,25 @@ def open_baked(path: Path) -> tuple[RunFolder, Parts, int]:
     return folder, parts, best["step"]
 
 
+def gap_of(config: Run) -> dict[str, Any]:
+    """Measure what a run's context changes, before any training, and write `gap.json`."""
+    folder = RunFolder(config.out / config.name)
+    if folder.path.is_file():
+        raise RunFolderError(f"{folder.path} is a file; give name=... another value")
+    found = measure_gap(assemble(config))
+    folder.path.mkdir(parents=True, exist_ok=True)
+    write_json(folder.gap, found)
+    return found
+
+
 def evaluate_run(path: Path, split: str = "test") -> Evaluation:
     """Measure a run's best weights on a split, and write `evaluation.json` and `answers.jsonl`."""
     folder, parts, step = open_baked(path)
     found = evaluate(parts, split, f"step-{step}")
     write_json(folder.evaluation, found.summary)
-    folder.answers.unlink(missing_ok=True)
-    append_jsonl(folder.answers, found.answers)
+    for file, rows in ((folder.answers, found.answers), (folder.token_kl, found.tokens)):
+        file.unlink(missing_ok=True)
+        append_jsonl(file, rows)
     return found
 
 

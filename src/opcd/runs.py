@@ -1,6 +1,7 @@
 """The folder of a run: what lies where, and who may write into it.
 
 runs/NAME/
+  gap.json           what the context changes, measured before training
   config.json        the resolved run
   metrics.jsonl      one object a step
   validation.jsonl   one object a validation
@@ -9,6 +10,7 @@ runs/NAME/
   best/              the weights chosen on validation
   evaluation.json    what was measured on the test split
   answers.jsonl      every graded answer of that measurement
+  token_kl.jsonl     some of its answers, with what the context changes at each token
 """
 
 import json
@@ -29,6 +31,11 @@ class RunFolder:
     """Paths of one run."""
 
     path: Path
+
+    @property
+    def gap(self) -> Path:
+        """What the context changes, measured before training."""
+        return self.path / "gap.json"
 
     @property
     def config(self) -> Path:
@@ -70,9 +77,29 @@ class RunFolder:
         """Every graded answer of that measurement."""
         return self.path / "answers.jsonl"
 
+    @property
+    def token_kl(self) -> Path:
+        """Some of its answers, with what the context changes at each token."""
+        return self.path / "token_kl.jsonl"
+
 
 def create_run(config: Run, overwrite: bool = False) -> RunFolder:
-    """Make the folder of a new run.
+    """Make the folder of a new run; a `gap.json` from before stays in it.
+
+    Raises:
+        RunFolderError: it exists and may not be overwritten.
+    """
+    folder = check_free(config, overwrite)
+    for path in folder.path.iterdir() if folder.path.exists() else ():
+        if path != folder.gap:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    folder.path.mkdir(parents=True, exist_ok=True)
+    write_text(folder.config, dump_config(config))
+    return folder
+
+
+def check_free(config: Run, overwrite: bool = False) -> RunFolder:
+    """The folder that a new run may have.
 
     Raises:
         RunFolderError: it exists and may not be overwritten.
@@ -80,20 +107,17 @@ def create_run(config: Run, overwrite: bool = False) -> RunFolder:
     folder = RunFolder(config.out / config.name)
     if folder.path.is_file():
         raise RunFolderError(f"{folder.path} is a file; give name=... another value")
-    if folder.path.exists():
-        if not overwrite:
-            raise RunFolderError(
-                f"{folder.path} exists, and a run never overwrites another by itself; continue it "
-                "with --resume, replace it with --overwrite, or give name=... another value"
-            )
-        if not folder.config.is_file() and any(folder.path.iterdir()):
-            raise RunFolderError(
-                f"{folder.path} exists but is not a run (it has no config.json), so it is not "
-                "deleted; give name=... another value"
-            )
-        shutil.rmtree(folder.path)
-    folder.path.mkdir(parents=True)
-    write_text(folder.config, dump_config(config))
+    others = set(folder.path.iterdir()) - {folder.gap} if folder.path.exists() else set[Path]()
+    if others and not overwrite:
+        raise RunFolderError(
+            f"{folder.path} exists, and a run never overwrites another by itself; continue it "
+            "with --resume, replace it with --overwrite, or give name=... another value"
+        )
+    if others and not folder.config.is_file():
+        raise RunFolderError(
+            f"{folder.path} exists but is not a run (it has no config.json), so it is not "
+            "deleted; give name=... another value"
+        )
     return folder
 
 

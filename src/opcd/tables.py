@@ -30,6 +30,21 @@ def results_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
+def gap_table(gap: Mapping[str, Any]) -> Table:
+    """What the context changes: each metric without and with it, and distances in nats."""
+    table = Table(
+        title=f"{gap['rows']} {gap['split']} rows, context of {gap['context_tokens']} tokens"
+    )
+    for column in ("", "base", "in_context", "difference", "p"):
+        table.add_column(column, justify="right" if column else "left", overflow="fold")
+    for name, found in gap["metrics"].items():
+        cells = [_cell(name, found[c]) for c in ("base", "in_context", "difference")]
+        table.add_row(name, *cells, f"{found['p']:.2g}")
+    for name in ("kl_nats_per_token", "kl_nats_per_response", "margin_nats"):
+        table.add_row(name, "", _cell(name, gap[name]), "", "")
+    return table
+
+
 def paired_lines(summary: Mapping[str, Any]) -> list[str]:
     """The paired tests in words."""
     return [

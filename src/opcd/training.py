@@ -23,7 +23,7 @@ from opcd.config import Run, differences
 from opcd.distill import StepReport, Trainer, distill
 from opcd.errors import CheckpointError, ConfigError, RunFolderError
 from opcd.evaluation import validate
-from opcd.runs import RunFolder, create_run, open_run, rewind_jsonl, write_json
+from opcd.runs import RunFolder, check_free, create_run, open_run, rewind_jsonl, write_json
 from opcd.tracking import Tracker
 from opcd.types import Answered
 
@@ -78,8 +78,8 @@ def train(config: Run, resume: bool = False, overwrite: bool = False) -> Outcome
         InputError: something is wrong with the input; nothing was started.
         RunError: training failed; its checkpoints are kept.
     """
-    if not resume and (config.out / config.name).exists() and not overwrite:
-        create_run(config)
+    if not resume:
+        check_free(config, overwrite)
     parts = assemble(config)
     folder = check_resumable(config) if resume else create_run(config, overwrite)
     trainer, best = prepare(parts), {}

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant"]
 Origin = Literal["task", "anchor"]
-Condition = Literal["base", "in_context", "baked"]
+Condition = Literal["base", "in_context", "baked", "baked_in_context"]
 
 
 @dataclass(frozen=True, slots=True)

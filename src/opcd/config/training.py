@@ -218,6 +218,9 @@ class Anchor(Section):
     """Of anchor responses, in training and in the `kept` suite."""
 
 
+SuiteName = Literal["kept", "spill", "context_return", "other_context", "leak"]
+
+
 class Evaluation(Section):
     """What is measured, on which rows."""
 
@@ -225,8 +228,12 @@ class Evaluation(Section):
     """Validation during training; the best checkpoint is chosen by it."""
     validation_rows: Count | None = 60
     test_rows: Count | None = None
-    kept_rows: Count = 48
-    """Prompts under other system messages in the `kept` suite."""
+    suites: tuple[SuiteName, ...] = ("kept", "spill", "context_return", "other_context", "leak")
+    """What is measured besides the task, see `opcd.suites`."""
+    kept_rows: Count = 64
+    """Prompts in the `kept` and in the `spill` suite."""
+    suite_rows: Count = 48
+    """Task rows of `context_return`."""
     temperature: Annotated[float, Field(ge=0.0)] = 0.0
     """0 is greedy."""
     select_by: str = "correct"

@@ -1,0 +1,143 @@
+"""Is this context worth baking? Measured before training, on validation rows.
+
+What can be baked in is the difference that the context makes, and how much a run gains is
+predicted by it (arXiv 2605.30070): where base and in_context answer alike there is nothing to
+gain, and where the context does harm, baking it in does the same harm.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from opcd.assembly import Parts
+from opcd.config.training import Loss
+from opcd.intervals import Estimate, estimate, mcnemar
+from opcd.responses import Response, by_row, mean, respond, rows_of, score_base, teacher_margins
+
+NOTHING_NATS_PER_TOKEN = 0.02
+"""Below it, the context hardly changes what is answered."""
+UNSURE_NATS = 0.5
+"""A teacher whose two likeliest tokens are nearer than this, on average, hesitates."""
+LARGE_CONTEXT_TOKENS = 8_000
+"""More than this is a library rather than a behaviour."""
+
+
+def measure_gap(parts: Parts) -> dict[str, Any]:
+    """The contents of `gap.json`.
+
+    `metrics` are base and in_context on the same rows, with paired differences; `kl_nats_per_token`
+    and `kl_nats_per_response` are KL(in_context || base) along the answers given with the context;
+    `margin_nats` is how far the likeliest token is ahead of the next where an answer is least
+    sure, `margin_nats_lowest_tenth` the same for the row at the tenth percentile.
+
+    Raises:
+        TaskError: the run has no validation split.
+    """
+    items = rows_of(parts, "validation", parts.config.evaluation.validation_rows)
+    base, in_context = (respond(parts, items, c) for c in ("base", "in_context"))
+    answered = [r.answered for r in in_context]
+    kl_nats = [
+        row
+        for portion, stats in score_base(parts, answered, Loss(direction="forward_kl"))
+        for row in by_row(stats.divergence_T, portion)
+    ]
+    margins = sorted(min(row) for row in teacher_margins(parts, answered))
+    return {
+        "split": "validation",
+        "rows": len(items),
+        "context_type": parts.config.context.type,
+        "context_tokens": parts.context_tokens,
+        "selected_by": parts.config.evaluation.select_by if parts.grader else None,
+        "metrics": compare_metrics(base, in_context),
+        "kl_nats_per_token": estimate([mean(row) for row in kl_nats]).as_json(),
+        "kl_nats_per_response": estimate([sum(row) for row in kl_nats]).as_json(),
+        "margin_nats": estimate(margins).as_json(),
+        "margin_nats_lowest_tenth": margins[len(margins) // 10],
+        "truncated": mean([float(not a.rollout.finished) for a in answered]),
+    }
+
+
+def compare_metrics(base: Sequence[Response], in_context: Sequence[Response]) -> dict[str, Any]:
+    """Each metric of the grader under both conditions, and their paired difference."""
+    found: dict[str, Any] = {}
+    for name in base[0].score.metrics:
+        before, after = ([r.score.metrics[name] for r in rows] for rows in (base, in_context))
+        found[name] = {
+            "base": estimate(before).as_json(),
+            "in_context": estimate(after).as_json(),
+            "difference": _difference(before, after).as_json(),
+            "p": mcnemar(after, before),
+        }
+    return found
+
+
+def verdict(gap: Mapping[str, Any]) -> list[str]:
+    """What to expect of baking this context, in words."""
+    lines = [*_on_gain(gap), *_on_sureness(gap)]
+    if gap["context_type"] == "column":
+        lines.append(
+            "Every row brings a context of its own. Lessons and rubrics can be baked in that way; "
+            "facts that are looked up for a row cannot: keep those in retrieval."
+        )
+    if gap["context_tokens"] > LARGE_CONTEXT_TOKENS:
+        lines.append(
+            f"{gap['context_tokens']:,} tokens are more than a behaviour: weights will keep the "
+            "manner and lose facts. Bake the rules, keep the facts in retrieval."
+        )
+    lines.append(
+        "If the context changes every week, do not bake it: each change is a training run. "
+        "Retrieval, or a server that caches the prompt, is the better place for it."
+    )
+    return lines
+
+
+def _on_gain(gap: Mapping[str, Any]) -> list[str]:
+    kl_nats = gap["kl_nats_per_token"]["mean"]
+    name = gap["selected_by"]
+    found = gap["metrics"].get(name) if name else None
+    if found is None:
+        return [
+            f"There is no grader, so only the distance speaks: the context moves the model by "
+            f"{kl_nats:.2f} nats a token"
+            + (
+                ", which is next to nothing: there is nothing to bake."
+                if kl_nats < NOTHING_NATS_PER_TOKEN
+                else ". Whether that is for the better has to be judged by a grader or by reading."
+            )
+        ]
+    base, after = found["base"]["mean"], found["in_context"]["mean"]
+    points, sure = 100 * (after - base), found["p"] < 0.05
+    seen = f"{name}: base {100 * base:.1f} %, in_context {100 * after:.1f} % ({points:+.1f} points)"
+    if points < 0 and sure:
+        return [
+            f"{seen}. The context makes this model worse, as happens to small models that read a "
+            "larger one's lessons: baking it in would bake in the harm. A larger frozen teacher "
+            'that the context helps may still work: teacher = {type = "frozen", path = ...}.'
+        ]
+    if not sure and kl_nats < NOTHING_NATS_PER_TOKEN:
+        return [f"{seen}. The context changes next to nothing: there is nothing to bake."]
+    if not sure:
+        return [
+            f"{seen}, p = {found['p']:.2g}: no difference that {gap['rows']} rows can show. The "
+            f"context does change the answers ({kl_nats:.2f} nats a token), so style may be baked "
+            "in; do not expect this metric to move."
+        ]
+    return [
+        f"{seen}, p = {found['p']:.2g}. There is something to bake: expect a baked model near "
+        f"{100 * after:.0f} %, and no further than that."
+    ]
+
+
+def _on_sureness(gap: Mapping[str, Any]) -> list[str]:
+    margin, tenth = gap["margin_nats"]["mean"], gap["margin_nats_lowest_tenth"]
+    if margin >= UNSURE_NATS:
+        return []
+    return [
+        f"The teacher hesitates: where an answer is least sure its likeliest token is only "
+        f"{margin:.2f} nats ahead of the next ({tenth:.2f} in the lowest tenth). A student learns "
+        "the hesitation too. Other words for the labels, or clearer examples, often cost nothing "
+        "and help; or lower loss.temperature."
+    ]
+
+
+def _difference(before: Sequence[float], after: Sequence[float]) -> Estimate:
+    return estimate([b - a for a, b in zip(before, after, strict=True)])

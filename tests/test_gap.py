@@ -1,0 +1,102 @@
+"""`opcd.gap`: whether a context is worth baking, in numbers and in words."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from opcd.assembly import assemble
+from opcd.gap import measure_gap, verdict
+from opcd.programs import gap_of
+from opcd.responses import respond
+from opcd.training import train
+from tiny import log_probs_of, make_run, parts_of, reverse_kl
+
+
+def number(mean: float) -> dict[str, Any]:
+    return {"mean": mean, "ci95": [mean, mean], "n": 40}
+
+
+def gap(
+    base: float = 0.1, in_context: float = 0.9, p: float = 0.001, **more: Any
+) -> dict[str, Any]:
+    metric = {"base": number(base), "in_context": number(in_context), "p": p}
+    return {
+        "rows": 40,
+        "context_type": "system_prompt",
+        "context_tokens": 400,
+        "selected_by": "correct",
+        "metrics": {"correct": metric},
+        "kl_nats_per_token": number(0.8),
+        "margin_nats": number(1.5),
+        "margin_nats_lowest_tenth": 0.4,
+        **more,
+    }
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (gap(), "There is something to bake: expect a baked model near 90 %"),
+        (gap(0.9, 0.4), "makes this model worse"),
+        (gap(0.4, 0.42, 0.8), "no difference that 40 rows can show"),
+        (gap(0.4, 0.4, 1.0, kl_nats_per_token=number(0.001)), "there is nothing to bake"),
+        (gap(selected_by=None, metrics={}), "There is no grader"),
+        (gap(margin_nats=number(0.2)), "The teacher hesitates"),
+        (gap(context_tokens=20_000), "20,000 tokens are more than a behaviour"),
+        (gap(context_type="column"), "Every row brings a context of its own"),
+    ],
+)
+def test_the_verdict_says_what_to_expect(found: dict[str, Any], said: str) -> None:
+    lines = verdict(found)
+    assert sum(said in line for line in lines) == 1
+    assert "Retrieval" in lines[-1], "when not to bake at all is always said"
+
+
+def test_a_sure_teacher_with_a_small_context_is_not_warned_of() -> None:
+    assert len(verdict(gap())) == 2
+
+
+def test_the_distance_is_that_of_the_context(tiny_model_path: Path, tmp_path: Path) -> None:
+    """KL(in_context || base) along the answers given with the context, against transformers."""
+    parts = assemble(make_run(tmp_path, tiny_model_path))
+    found = measure_gap(parts)
+    per_token, per_response = [], []
+    with torch.no_grad():
+        for given in respond(parts, parts.items["validation"], "in_context"):
+            pair, ids = given.answered.pair, given.answered.rollout.response_ids
+            model = parts.base.model
+            kl_T = reverse_kl(
+                log_probs_of(model, pair.teacher_ids, ids),
+                log_probs_of(model, pair.student_ids, ids),
+            )
+            per_token.append(kl_T.mean().item())
+            per_response.append(kl_T.sum().item())
+    assert found["kl_nats_per_token"]["mean"] == pytest.approx(sum(per_token) / 3, rel=1e-3)
+    assert found["kl_nats_per_response"]["mean"] == pytest.approx(sum(per_response) / 3, rel=1e-3)
+    assert found["kl_nats_per_token"]["mean"] > 0.01
+    assert 0 <= found["margin_nats_lowest_tenth"] <= found["margin_nats"]["mean"]
+
+
+def test_rows_are_paired(tiny_model_path: Path, tmp_path: Path) -> None:
+    """Right with the context, wrong without: all differences are 1."""
+    parts = parts_of(make_run(tmp_path, tiny_model_path))
+    with_context = {item.pair.teacher_ids for item in parts.items["validation"]}
+    right, wrong = (*parts.renderer.encode("a"), 2), (*parts.renderer.encode("x"), 2)
+    parts.engine.script = lambda _, p: right if p.ids in with_context else wrong  # type: ignore[attr-defined]
+    correct = measure_gap(parts)["metrics"]["correct"]
+    assert correct["difference"]["mean"] == 1.0 and correct["base"]["mean"] == 0.0
+    assert correct["p"] == pytest.approx(0.25), "three rows"
+
+
+def test_a_gap_measured_first_does_not_stand_in_the_way_of_the_run(
+    tiny_model_path: Path, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path, tiny_model_path, "steps=1")
+    found = copy.deepcopy(gap_of(run))
+    outcome = train(run)
+    assert outcome.folder.gap.is_file() and found["split"] == "validation"
+    train(run, overwrite=True)
+    assert outcome.folder.gap.is_file(), "it belongs to the context, not to the weights"
