@@ -39,6 +39,7 @@ FLOORS = (
         "evaluation",
         "training",
         "programs",
+        "comparing",
         "exporting",
         "checking",
         "showing",

@@ -145,7 +145,7 @@ def test_paired_tests_compare_the_same_rows() -> None:
 def test_without_a_grader_there_is_agreement_but_no_paired_test() -> None:
     texts = {"base": "ab", "in_context": "aa", "baked": "aa"}
     rows = {c: [response(t) for t in texts[c]] for c in CONDITIONS}
-    suite = task_suite(rows)
+    suite = task_suite(rows, {})
     assert suite["base"]["agreement"]["mean"] == 0.5
     assert suite["baked"]["agreement"]["mean"] == 1.0
     assert "correct" not in suite["baked"]

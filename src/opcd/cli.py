@@ -120,6 +120,44 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Training runs of each kind.")] = 1,
+) -> None:
+    """Train what is missing; base, in_context, off_policy and baked on the same test rows."""
+    from opcd.config import load_config
+
+    run = load_config(config, overrides or [])
+    from opcd.comparing import compare as start
+    from opcd.tables import comparison_table, paired_lines, spread_lines
+
+    found = start(run, seeds, console.print)
+    console.print(comparison_table(found))
+    for line in (*paired_lines(found), *spread_lines(found)):
+        console.print(line, highlight=False)
+
+
+@app.command()
+def search(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    lr: Annotated[str, typer.Option(help="Learning rates, with commas between.")] = "",
+) -> None:
+    """Train with each learning rate and choose one on validation."""
+    from opcd.config import load_config, read_rates
+
+    rates = read_rates(lr)
+    run = load_config(config, overrides or [])
+    from opcd.comparing import search as start
+    from opcd.tables import search_table
+
+    found = start(run, rates, console.print)
+    console.print(search_table(found))
+    console.print(f"chosen on validation: optimizer.lr = {found['chosen']:g}", highlight=False)
+
+
+@app.command()
 def sample(
     run: RunPath,
     prompt: Annotated[str, typer.Argument(help="What to ask.", show_default=False)],

@@ -43,7 +43,7 @@ def evaluate(parts: Parts, split: str, checkpoint: str) -> Evaluation:
     responses = {condition: respond(parts, items, condition) for condition in CONDITIONS}
     others = measure_suites(parts, items, responses["in_context"])
     summary = {
-        "suites": {"task": task_suite(responses), **others},
+        "suites": {"task": task_suite(responses, distances(parts, responses)), **others},
         "paired": paired_tests(responses),
         "split": split,
         "checkpoint": checkpoint,
@@ -63,6 +63,21 @@ def validate(parts: Parts, step: int) -> dict[str, float]:
     answered = [r.answered for r in responses]
     kl_nats = [kl for _, stats in score(parts, answered, Loss()) for kl in stats.kl_T.tolist()]
     return {"step": step, "rows": len(items), **metrics, "kl_nats_per_token": mean(kl_nats)}
+
+
+def distances(
+    parts: Parts, responses: Mapping[Condition, Sequence[Response]]
+) -> dict[Condition, list[float]]:
+    """KL to the teacher along each model's own answers: nats a token, mean of each answer."""
+    found: dict[Condition, list[float]] = {}
+    for condition, scored in (("base", score_base), ("baked", score)):
+        answered = [r.answered for r in responses[condition]]
+        found[condition] = [
+            mean(row)
+            for portion, stats in scored(parts, answered, Loss())
+            for row in by_row(stats.divergence_T, portion)
+        ]
+    return found
 
 
 def token_kl(parts: Parts, responses: Sequence[Response]) -> list[dict[str, Any]]:
@@ -87,8 +102,11 @@ def token_kl(parts: Parts, responses: Sequence[Response]) -> list[dict[str, Any]
     return [found[given.pair.task_id] for given in answered]
 
 
-def task_suite(responses: Mapping[str, Sequence[Response]]) -> dict[str, Any]:
-    """Each condition's metrics, agreement with `in_context` and length."""
+def task_suite(
+    responses: Mapping[Condition, Sequence[Response]],
+    kl_nats: Mapping[Condition, Sequence[float]],
+) -> dict[str, Any]:
+    """Each condition's metrics, agreement with `in_context`, length and KL to the teacher."""
     suite: dict[str, Any] = {}
     reference = responses["in_context"]
     for condition, rows in responses.items():
@@ -99,6 +117,8 @@ def task_suite(responses: Mapping[str, Sequence[Response]]) -> dict[str, Any]:
         rollouts = [r.answered.rollout for r in rows]
         metrics["response_tokens"] = [float(len(r.response_ids)) for r in rollouts]
         metrics["truncated"] = [float(not r.finished) for r in rollouts]
+        if condition in kl_nats:
+            metrics["kl_nats_per_token"] = list(kl_nats[condition])
         suite[condition] = {name: estimate(v).as_json() for name, v in metrics.items()}
     return suite
 

@@ -2,6 +2,7 @@
 
 runs/NAME/
   gap.json           what the context changes, measured before training
+  search.json        learning rates, and which one validation chose
   config.json        the resolved run
   metrics.jsonl      one object a step
   validation.jsonl   one object a validation
@@ -11,6 +12,7 @@ runs/NAME/
   evaluation.json    what was measured on the test split
   answers.jsonl      every graded answer of that measurement
   token_kl.jsonl     some of its answers, with what the context changes at each token
+  comparison.json    the same rows beside those of other ways to train
 """
 
 import json
@@ -36,6 +38,16 @@ class RunFolder:
     def gap(self) -> Path:
         """What the context changes, measured before training."""
         return self.path / "gap.json"
+
+    @property
+    def search(self) -> Path:
+        """Learning rates, and which one validation chose."""
+        return self.path / "search.json"
+
+    @property
+    def comparison(self) -> Path:
+        """The same rows beside those of other ways to train."""
+        return self.path / "comparison.json"
 
     @property
     def config(self) -> Path:
@@ -84,14 +96,14 @@ class RunFolder:
 
 
 def create_run(config: Run, overwrite: bool = False) -> RunFolder:
-    """Make the folder of a new run; a `gap.json` from before stays in it.
+    """Make the folder of a new run; what was found out before training stays in it.
 
     Raises:
         RunFolderError: it exists and may not be overwritten.
     """
     folder = check_free(config, overwrite)
     for path in folder.path.iterdir() if folder.path.exists() else ():
-        if path != folder.gap:
+        if path not in (folder.gap, folder.search):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     folder.path.mkdir(parents=True, exist_ok=True)
     write_text(folder.config, dump_config(config))
@@ -107,7 +119,8 @@ def check_free(config: Run, overwrite: bool = False) -> RunFolder:
     folder = RunFolder(config.out / config.name)
     if folder.path.is_file():
         raise RunFolderError(f"{folder.path} is a file; give name=... another value")
-    others = set(folder.path.iterdir()) - {folder.gap} if folder.path.exists() else set[Path]()
+    found = set(folder.path.iterdir()) if folder.path.exists() else set[Path]()
+    others = found - {folder.gap, folder.search}
     if others and not overwrite:
         raise RunFolderError(
             f"{folder.path} exists, and a run never overwrites another by itself; continue it "

@@ -7,26 +7,57 @@ from rich.table import Table
 
 from opcd.evaluation import CONDITIONS
 
-SHARES = ("valid", "correct", "agreement", "truncated", "greedy_agreement")
+SHARES = (
+    "valid",
+    "correct",
+    "agreement",
+    "truncated",
+    "greedy_agreement",
+    "form",
+    "quoted",
+    "talk",
+)
 """Metrics that read best as percentages."""
 
 
 def results_table(summary: Mapping[str, Any]) -> Table:
     """Each metric of each suite under the three conditions, with 95 % intervals."""
     tokens = summary["context_tokens"]
-    table = Table(
-        title=f"{summary['split']} split, {summary['checkpoint']}, context of {tokens} tokens"
-    )
-    table.add_column("suite", overflow="fold")
-    table.add_column("metric", overflow="fold")
-    for condition in CONDITIONS:
-        table.add_column(condition, justify="right", overflow="fold")
-    for suite, conditions in summary["suites"].items():
-        metrics = list(dict.fromkeys(name for rows in conditions.values() for name in rows))
-        for metric in metrics:
-            cells = [_cell(metric, conditions.get(c, {}).get(metric)) for c in CONDITIONS]
-            table.add_row(suite, metric, *cells)
-        table.add_section()
+    title = f"{summary['split']} split, {summary['checkpoint']}, context of {tokens} tokens"
+    return _suites_table(title, summary["suites"], CONDITIONS)
+
+
+def comparison_table(found: Mapping[str, Any]) -> Table:
+    """The same with `off_policy` beside them, and which checkpoints these are."""
+    checkpoints = ", ".join(f"{name} {step}" for name, step in found["checkpoints"].items())
+    title = f"{found['rows']} {found['split']} rows; {checkpoints}"
+    return _suites_table(title, found["suites"], ("base", "in_context", "off_policy", "baked"))
+
+
+def spread_lines(found: Mapping[str, Any]) -> list[str]:
+    """Mean and spread over training runs, where there are several."""
+    return [
+        f"{kind}, {several['runs']} training runs: "
+        + ", ".join(
+            f"{name} {_number(name, several[name]['mean'])} +- "
+            f"{_number(name, several[name]['deviation'])}"
+            for name in ("valid", "correct", "agreement", "kl_nats_per_token")
+            if name in several
+        )
+        for kind, several in found["seeds"].items()
+        if several["runs"] > 1
+    ]
+
+
+def search_table(found: Mapping[str, Any]) -> Table:
+    """Learning rates with what they reached on validation; the chosen one is marked."""
+    table = Table(title=f"validation, chosen by {found['selected_by']}")
+    names = [n for n, v in found["rows"][0].items() if isinstance(v, float) and n != "lr"]
+    for column in ("", "lr", "step", *names):
+        table.add_column(column, justify="right", overflow="fold")
+    for row in found["rows"]:
+        mark = "*" if row["lr"] == found["chosen"] else ""
+        table.add_row(mark, f"{row['lr']:g}", str(row["step"]), *(f"{row[n]:.3f}" for n in names))
     return table
 
 
@@ -67,11 +98,34 @@ def answers_table(answers: Sequence[Mapping[str, Any]], count: int) -> Table:
     return table
 
 
+def _suites_table(title: str, suites: Mapping[str, Any], conditions: Sequence[str]) -> Table:
+    table = Table(title=title)
+    table.add_column("suite", overflow="fold")
+    table.add_column("metric", overflow="fold")
+    for condition in conditions:
+        table.add_column(condition, justify="right", overflow="fold")
+    for suite, found in suites.items():
+        metrics = list(dict.fromkeys(name for rows in found.values() for name in rows))
+        for metric in metrics:
+            cells = [_cell(metric, found.get(c, {}).get(metric)) for c in conditions]
+            table.add_row(suite, metric, *cells)
+        table.add_section()
+    return table
+
+
+def _number(metric: str, value: float) -> str:
+    return f"{100 * value:.1f} %" if _is_share(metric) else f"{value:.3f}"
+
+
+def _is_share(metric: str) -> bool:
+    return metric in SHARES or metric.startswith("correct_")
+
+
 def _cell(metric: str, found: Mapping[str, Any] | None) -> str:
     if found is None:
         return ""
     mean, (low, high) = found["mean"], found["ci95"]
-    if metric in SHARES or metric.startswith("correct_"):
+    if _is_share(metric):
         return f"{100 * mean:.1f} % [{100 * low:.0f}, {100 * high:.0f}]"
     return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 

@@ -1,14 +1,24 @@
 """A whole run as one typed tree: load, override, check, dump."""
 
 from opcd.config import inputs, training
-from opcd.config.run import Run, check_files, differences, dump_config, load_config
+from opcd.config.run import (
+    Run,
+    check_files,
+    derive,
+    differences,
+    dump_config,
+    load_config,
+    read_rates,
+)
 
 __all__ = [
     "Run",
     "check_files",
+    "derive",
     "differences",
     "dump_config",
     "inputs",
     "load_config",
+    "read_rates",
     "training",
 ]

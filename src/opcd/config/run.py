@@ -108,6 +108,36 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     return _parse(_absolute_paths(_parse(tree, path), Path.cwd()), path)
 
 
+def derive(run: Run, **changes: Any) -> Run:
+    """The run with other values; a table's keys are changed one by one, the rest stay.
+
+    Raises:
+        ConfigError: the changed run is impossible.
+    """
+    tree = run.model_dump(mode="json")
+    for key, value in changes.items():
+        tree[key] = {**tree[key], **value} if isinstance(value, dict) else value
+    return _parse(tree, run.out / str(tree["name"]))
+
+
+def read_rates(text: str) -> tuple[float, ...]:
+    """Learning rates written as `1e-4,5e-4`.
+
+    Raises:
+        ConfigError: there are fewer than two, or one is no positive number.
+    """
+    try:
+        rates = tuple(dict.fromkeys(float(part) for part in text.split(",") if part.strip()))
+    except ValueError:
+        rates = ()
+    if len(rates) < 2 or not all(0.0 < rate < 1.0 for rate in rates):
+        raise ConfigError(
+            f"--lr {text!r}: a search takes two or more different learning rates between 0 and 1; "
+            "write for example --lr 1e-4,3e-4,1e-3"
+        )
+    return rates
+
+
 def dump_config(run: Run) -> str:
     """The resolved tree as JSON text, which `load_config` reads back to an equal tree."""
     return json.dumps(run.model_dump(mode="json"), indent=1) + "\n"
