@@ -166,6 +166,25 @@ def test_an_anchors_teacher_is_the_base_with_the_same_prompt(
     assert metrics["anchor_kl_nats_per_token"] > 1e-3
 
 
+def test_context_return_holds_the_student_to_its_base_with_the_context(
+    tiny_model_path: Path, tmp_path: Path
+) -> None:
+    """Both sides see the context, and the teacher is the base model."""
+    overrides = (*LORA, "anchor.context_return=0.25")
+    parts, trainer = started(tmp_path, tiny_model_path, *overrides)
+    answered = roll_out(parts, 0)
+    returned = [a for a in answered if a.pair.origin == "context_return"]
+    assert [a.pair.origin for a in answered] == ["task", "task", "anchor", "context_return"]
+    by_id = {item.task.id: item.pair for item in parts.items["train"]}
+    for a in returned:
+        pair = by_id[a.pair.task_id.removesuffix("/context_return")]
+        assert a.pair.student_ids == a.pair.teacher_ids == pair.teacher_ids
+    wanted = torch.cat([dense_kl(parts.student, parts.student, a, lora=True) for a in returned])
+    metrics = next(distill(parts, trainer)).metrics
+    found = metrics["context_return_kl_nats_per_token"]
+    assert found == pytest.approx(wanted.mean().item(), rel=1e-3) and found > 1e-3
+
+
 def test_a_share_of_the_prompts_is_answered_by_their_teachers(
     tiny_model_path: Path, tmp_path: Path
 ) -> None:

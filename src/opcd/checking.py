@@ -24,8 +24,8 @@ def check_run(path: Path, overrides: Sequence[str] = ()) -> tuple[Run, list[str]
     train_anchors, test_anchors = load_anchors(run.anchor.path)
     grader = build_grader(run.grader) if run.grader else None
     facts = [
-        f"run {run.name}: {run.steps} steps of {run.tasks_per_step} tasks and "
-        f"{run.anchors_per_step} anchors",
+        f"run {run.name}: {run.steps} steps of {run.tasks_per_step} tasks, "
+        f"{run.anchors_per_step} anchors and {run.returns_per_step} tasks with the context",
         f"anchors: {len(train_anchors.systems)} x {len(train_anchors.prompts)} to train on, "
         f"{len(test_anchors.systems)} x {len(test_anchors.prompts)} to test on",
         *warnings(run),

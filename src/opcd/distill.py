@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from opcd.errors import DivergedError, RolloutError
 from opcd.rollouts.engine import Prompt, RolloutEngine, Sampling
 from opcd.tally import Tally, peak_bytes, release_memory
 from opcd.tasks import draw
-from opcd.types import Answered, PromptPair
+from opcd.types import Answered, Origin, PromptPair
 
 AHEAD_STEPS = 10
 """Steps whose teachers' answers are generated together."""
@@ -95,16 +95,24 @@ def draw_pairs(parts: Parts, step: int) -> tuple[list[PromptPair], list[PromptPa
     config, fraction = parts.config, teacher_fraction_at(parts.config, step)
     tasks = draw(parts.items["train"], config.tasks_per_step, step, config.seed)
     anchors = parts.anchors.draw(config.anchors_per_step, f"{config.seed}/{step}")
+    returned = draw(parts.items["train"], config.returns_per_step, step, config.seed + 1)
     taught: list[PromptPair] = []
     asked: list[PromptPair] = []
     for pairs in (
         [item.pair for item in tasks[parts.own_share]],
         parts.render_anchors(anchors[parts.own_share]),
+        [with_context_on_both_sides(item.pair) for item in returned[parts.own_share]],
     ):
         cut = round(len(pairs) * fraction)
         taught += pairs[:cut]
         asked += pairs[cut:]
     return taught, asked
+
+
+def with_context_on_both_sides(pair: PromptPair) -> PromptPair:
+    """A task whose student sees the context too, and should answer as its base would."""
+    ids = pair.teacher_ids
+    return PromptPair(f"{pair.task_id}/context_return", ids, ids, "context_return")
 
 
 def answer_as_teacher(parts: Parts, step: int) -> list[Answered]:
@@ -122,7 +130,11 @@ def answer_as_teacher(parts: Parts, step: int) -> list[Answered]:
         taught = [(s, pair) for s in steps for pair in draw_pairs(parts, s)[0]]
         sampling = Sampling(config.rollout.temperature, config.rollout.top_p, str(config.seed))
         # Apart, since all the tasks' prompts begin with the context, which is then read once.
-        for origin, engine in (("task", parts.teacher_engine), ("anchor", parts.engine)):
+        for origin, engine in (
+            ("task", parts.teacher_engine),
+            ("anchor", parts.engine),
+            ("context_return", parts.engine),
+        ):
             mine = [(s, pair) for s, pair in taught if pair.origin == origin]
             if not mine:
                 continue
@@ -148,9 +160,10 @@ def answer(
 
 def prompt_of(config: Run, pair: PromptPair, with_context: bool, draw: str = "") -> Prompt:
     """What an engine is asked: one side of a pair, and how long the response may be."""
-    most = {"task": config.rollout.max_new_tokens, "anchor": config.anchor.max_new_tokens}
+    of_anchors = pair.origin == "anchor"
+    most = config.anchor.max_new_tokens if of_anchors else config.rollout.max_new_tokens
     ids = pair.teacher_ids if with_context else pair.student_ids
-    return Prompt(pair.task_id, ids, most[pair.origin], draw)
+    return Prompt(pair.task_id, ids, most, draw)
 
 
 def count_rollouts(parts: Parts, answered: Sequence[Answered], tally: Tally) -> None:
@@ -202,7 +215,7 @@ def accumulate(parts: Parts, answered: Sequence[Answered], loss: Loss, tally: Ta
     for portion in portions:
         origin = portion[0].pair.origin
         teacher = parts.teacher if origin == "task" else parts.base
-        prefix_tokens = teacher.prefix_tokens if origin == "task" else 0
+        prefix_tokens = teacher.prefix_tokens if origin != "anchor" else 0
         batch = collate([a.pair for a in portion], [a.rollout for a in portion], prefix_tokens)
         batch = batch.to(accelerator.device)
         with tally.timed("teacher_s"):
@@ -221,9 +234,9 @@ def accumulate(parts: Parts, answered: Sequence[Answered], loss: Loss, tally: Ta
 
 
 def cut_portions(answered: Sequence[Answered], rows: int) -> list[list[Answered]]:
-    """At most `rows` at a time and equally many, tasks and anchors apart, of similar length."""
+    """At most `rows` at a time and equally many, of one origin and of similar length."""
     portions: list[list[Answered]] = []
-    for origin in ("task", "anchor"):
+    for origin in get_args(Origin):
         same = [a for a in answered if a.pair.origin == origin]
         same.sort(key=lambda a: len(a.pair.student_ids) + len(a.rollout.response_ids))
         count = math.ceil(len(same) / rows)
@@ -268,7 +281,7 @@ def update(parts: Parts, trainer: Trainer, tally: Tally) -> float:
 
 def add_stats(tally: Tally, stats: TokenStats, origin: str) -> None:
     """Add the diagnostics of a portion's tokens to the step's sums."""
-    prefix = "" if origin == "task" else "anchor_"
+    prefix = "" if origin == "task" else f"{origin}_"
     tally.add(f"{prefix}kl_nats", stats.kl_T.sum().item())
     tally.add(f"{prefix}kl_tokens", len(stats.kl_T))
     if origin == "task":
@@ -283,6 +296,9 @@ def summarise(trainer: Trainer, tally: Tally, direction: Direction, lr: float) -
         "step": trainer.step - 1,
         "kl_nats_per_token": tally.mean("kl_nats", "kl_tokens"),
         "anchor_kl_nats_per_token": tally.mean("anchor_kl_nats", "anchor_kl_tokens"),
+        "context_return_kl_nats_per_token": tally.mean(
+            "context_return_kl_nats", "context_return_kl_tokens"
+        ),
         "loss_nats": tally.sums["loss_nats"],
         "direction": direction,
         "grad_norm": tally.sums["grad_norm"],

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant"]
-Origin = Literal["task", "anchor"]
+Origin = Literal["task", "anchor", "context_return"]
 Condition = Literal["base", "in_context", "baked", "baked_in_context"]
 
 

@@ -46,9 +46,14 @@ class Run(Section):
         return round(self.batch.prompts_per_step * self.anchor.share)
 
     @property
+    def returns_per_step(self) -> int:
+        """Task prompts in each step that are given with the context."""
+        return round(self.batch.prompts_per_step * self.anchor.context_return)
+
+    @property
     def tasks_per_step(self) -> int:
         """Task prompts in each step."""
-        return self.batch.prompts_per_step - self.anchors_per_step
+        return self.batch.prompts_per_step - self.anchors_per_step - self.returns_per_step
 
     @model_validator(mode="after")
     def _sections_fit_each_other(self) -> Self:
@@ -80,8 +85,9 @@ class Run(Section):
             )
         if self.tasks_per_step < 1:
             raise ValueError(
-                f"anchor.share = {self.anchor.share} leaves no task among "
-                f"{self.batch.prompts_per_step} prompts a step; lower it or raise "
+                f"anchor.share = {self.anchor.share} and anchor.context_return = "
+                f"{self.anchor.context_return} leave no task among "
+                f"{self.batch.prompts_per_step} prompts a step; lower them or raise "
                 "batch.prompts_per_step"
             )
         return self
