@@ -52,7 +52,7 @@ def test_check_says_what_would_be_run(opcd: Opcd, tmp_path: Path) -> None:
     path = write_run(tmp_path / "recipe")
     code, out, err = opcd("check", path)
     assert (code, err) == (0, "")
-    assert "run desk: 4 steps of 12 tasks and 6 anchors" in out
+    assert "run desk: 4 steps of 12 tasks, 6 anchors and 0 tasks with the context" in out
     assert "tasks: 8 train, 3 validation, 3 test" in out
     assert "is a run that can be started" in out
 
