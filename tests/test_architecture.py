@@ -17,7 +17,17 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "support_desk" / "run.toml"
 
 FLOORS = (
     ("errors", "types", "config", "config.*"),
-    ("targets", "tasks", "contexts", "graders", "rendering", "anchors", "intervals"),
+    (
+        "targets",
+        "tasks",
+        "public_sets",
+        "math_answers",
+        "contexts",
+        "graders",
+        "rendering",
+        "anchors",
+        "intervals",
+    ),
     ("divergence", "batching", "chunking"),
     ("weights", "adapters", "models", "prefix_cache", "teachers", "rollouts", "rollouts.*"),
     ("runs", "checkpoint", "tracking", "tally"),

@@ -64,17 +64,22 @@ def evaluate(parts: Parts, split: str, checkpoint: str) -> Evaluation:
 
 
 def validate(parts: Parts, step: int) -> dict[str, float]:
-    """Grader's metrics and KL to the teacher on validation rows, without the context."""
+    """Grader's metrics and KL to the teacher on validation rows, without the context.
+
+    A metric that only some rows have is the mean over those, `rows_METRIC` of them.
+    """
     items = rows_of(parts, "validation", parts.config.evaluation.validation_rows)
     parts.engine.use("student", step + 1)
     answered = answer(
         parts.config, parts.engine, [item.pair for item in items], _sampling(parts, "validation")
     )
     graded = [grade(parts, item, a) for item, a in zip(items, answered, strict=True)]
-    names = graded[0].score.metrics
-    metrics = {name: _mean([g.score.metrics[name] for g in graded]) for name in names}
+    values = _by_metric(graded)
+    metrics = {name: _mean(found) for name, found in values.items()}
+    counts = {f"rows_{n}": len(found) for n, found in values.items() if len(found) < len(items)}
     kl_nats = [kl for _, stats in score(parts, answered, Loss()) for kl in stats.kl_T.tolist()]
-    return {"step": step, "rows": len(items), **metrics, "kl_nats_per_token": _mean(kl_nats)}
+    scores = {**metrics, **counts, "kl_nats_per_token": _mean(kl_nats)}
+    return {"step": step, "rows": len(items), **scores}
 
 
 def rows_of(parts: Parts, split: str, limit: int | None) -> list[Item]:
@@ -129,11 +134,14 @@ def score(
 
 
 def task_suite(responses: Mapping[str, Sequence[Response]]) -> dict[str, Any]:
-    """Each condition's metrics, agreement with `in_context` and length."""
+    """Each condition's metrics, agreement with `in_context` and length.
+
+    A metric that only some rows have, that of a class, is estimated from those rows.
+    """
     suite: dict[str, Any] = {}
     reference = responses["in_context"]
     for condition, rows in responses.items():
-        metrics = {name: [r.score.metrics[name] for r in rows] for name in rows[0].score.metrics}
+        metrics = _by_metric(rows)
         metrics["agreement"] = [
             float(r.text == other.text) for r, other in zip(rows, reference, strict=True)
         ]
@@ -204,6 +212,15 @@ def _answer_row(
         found = rows[index]
         row[condition] = {"text": found.text, "note": found.score.note, **found.score.metrics}
     return row
+
+
+def _by_metric(rows: Sequence[Response]) -> dict[str, list[float]]:
+    """Each metric's values, of the rows that have it."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.score.metrics.items():
+            values.setdefault(name, []).append(value)
+    return values
 
 
 def _means_by_row(values_T: torch.Tensor, portion: Sequence[Answered]) -> list[float]:
