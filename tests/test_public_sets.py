@@ -216,6 +216,16 @@ def test_a_file_that_is_no_parquet_is_a_message(tmp_path: Path) -> None:
         load_splits(table({"name": "ethos", "path": tmp_path / "rows.parquet"}), seed=0)
 
 
+def test_check_takes_a_parquet_file_for_what_it_is(tmp_path: Path) -> None:
+    """No text, so its emptiness is not to be judged by decoding it."""
+    from pyarrow import Table, parquet
+
+    path = write_run(tmp_path / "run")
+    parquet.write_table(Table.from_pylist([ROWS["ethos"]]), tmp_path / "e.parquet")
+    source = f"{{type='public', name='ethos', path='{tmp_path / 'e.parquet'}'}}"
+    assert "tasks: 1 train, 3 validation, 3 test" in check_run(path, [f"tasks.train={source}"])[1]
+
+
 def test_check_says_what_was_left_out(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run")
     write_jsonl(tmp_path / "run" / "e.jsonl", [ROWS["ethos"], ROWS["ethos"]])
