@@ -20,6 +20,8 @@ FLOORS = (
     (
         "targets",
         "tasks",
+        "public_sets",
+        "math_answers",
         "contexts",
         "graders",
         "rendering",

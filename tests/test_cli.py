@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from opcd import cli
-from worlds import write_run
+from worlds import write_jsonl, write_run
 
 Opcd = Callable[..., tuple[int, str, str]]
 
@@ -159,8 +159,24 @@ def test_check_finds_a_row_without_an_answer_for_a_choice_grader(
     path = write_run(tmp_path / "recipe")
     with (path.parent / "test.jsonl").open("a") as stream:
         stream.write('{"prompt": "new?"}\n')
-    code, _, err = opcd("check", path, "grader={type='choice', choices=['a', 'b']}")
+    code, _, err = opcd(
+        "check", path, "grader={type='choice', choices=['word0', 'word1', 'word2']}"
+    )
     assert (code, "has no answer" in err) == (2, True)
+
+
+def test_a_class_may_be_selected_by_if_the_rows_that_validate_have_it(
+    opcd: Opcd, tmp_path: Path
+) -> None:
+    """Found before a run starts, not after its first steps; the first row alone does not tell."""
+    path = write_run(tmp_path / "recipe")
+    for split in ("validation", "test"):
+        rows = [{"prompt": f"{split} {answer}?", "answer": answer} for answer in ("yes", "no")]
+        write_jsonl(path.parent / f"{split}.jsonl", rows)
+    wanted = ("grader={type='choice', choices=['yes', 'no']}", "evaluation.select_by=correct_no")
+    assert opcd("check", path, *wanted)[0] == 0
+    code, _, err = opcd("check", path, *wanted, "evaluation.validation_rows=1")
+    assert (code, "'correct_no' is no metric of the grader" in err) == (2, True)
 
 
 def test_an_unknown_verb_ends_with_2(opcd: Opcd) -> None:

@@ -205,7 +205,10 @@ def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
         (["model.tuning={type='full'}"], r"adapter_off but model\.tuning is full.*frozen"),
         (["loss.support={type='sampled'}", "loss.direction=forward_kl"], "sampled estimates"),
         (["loss.support={type='sampled'}", "loss.warmup={}"], "sampled estimates the reverse"),
-        (["anchor.share=0.99"], r"anchor\.share = 0\.99 and anchor\.context_return = 0\.0 leave no task among 18"),
+        (
+            ["anchor.share=0.99"],
+            r"anchor\.share = 0\.99 and anchor\.context_return = 0\.0 leave no task among 18",
+        ),
         (["anchor.share=1.0"], r"anchor\.share = 1\.0"),
         (["tasks.validation_share=0.1"], "validation and validation_share are both set"),
         (["tasks.test_share=0.1"], "test and test_share are both set"),

@@ -23,8 +23,8 @@ from opcd.intervals import mcnemar
 from opcd.programs import evaluate_run, sample_run
 from opcd.responses import Response, respond
 from opcd.training import train
-from opcd.types import Answered, PromptPair, Rollout, Score
-from tiny import log_probs_of, make_run, nudge, reverse_kl
+from opcd.types import Answered, PromptPair, Rollout, Score, Task
+from tiny import log_probs_of, make_run, nudge, parts_of, reverse_kl
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +140,44 @@ def test_paired_tests_compare_the_same_rows() -> None:
     assert tests["in_context", "base"]["difference"] == pytest.approx(0.8)
     assert tests["in_context", "base"]["p"] == mcnemar([1] * 5, [0, 0, 0, 0, 1]) == 0.125
     assert tests["baked", "in_context"]["p"] == 1.0
+
+
+def test_a_metric_of_one_class_is_the_mean_over_its_rows() -> None:
+    """Over all rows, a model that flags everything would look better the fewer rows are harmless.
+
+    The first row has none of the second's metrics, and must not decide which are reported.
+    """
+    marks: list[dict[str, float]] = [
+        {"correct": 1.0, "correct_yes": 1.0},
+        {"correct": 0.0, "correct_no": 0.0},
+        {"correct": 1.0, "correct_yes": 1.0},
+        {"correct": 1.0, "correct_no": 1.0},
+        {"correct": 1.0, "correct_yes": 1.0},
+    ]
+    rows = [response("x", **mark) for mark in marks]
+    suite = task_suite(dict.fromkeys(CONDITIONS, rows), {})
+    assert {
+        (m, suite["baked"][m]["mean"], suite["baked"][m]["n"]) for m in marks[0] | marks[1]
+    } == {
+        ("correct", 0.8, 5),
+        ("correct_yes", 1.0, 3),
+        ("correct_no", 0.5, 2),
+    }
+
+
+def test_validation_counts_the_rows_of_a_class(tiny_model_path: Path, tmp_path: Path) -> None:
+    """`rows_METRIC` says what its mean is of; a metric that all rows have needs no count."""
+    scripted = parts_of(make_run(tmp_path, tiny_model_path))
+
+    def grade(task: Task, text: str) -> Score:
+        own = {"correct_no": 1.0} if task.id.endswith("0") else {"correct_yes": 0.0}
+        return Score({"valid": 1.0, **own})
+
+    scripted.grader = grade
+    found = validate(scripted, 0)
+    assert (found["rows"], found["rows_correct_no"], found["rows_correct_yes"]) == (3, 1, 2)
+    assert (found["correct_no"], found["correct_yes"], found["valid"]) == (1.0, 0.0, 1.0)
+    assert "rows_valid" not in found
 
 
 def test_without_a_grader_there_is_agreement_but_no_paired_test() -> None:

@@ -107,6 +107,15 @@ def test_numeric_reads_a_number_without_a_leading_zero() -> None:
         ("B", "Based on this", INVALID),
         ("A", "A or B", INVALID),
         ("A", "A, yes, A", RIGHT),
+        ("B", "**B**", RIGHT),
+        ("B", "b", RIGHT),
+        ("B", "Answer: 'B'.", RIGHT),
+        ("A", "The answer is A because of the fever.", RIGHT),
+        ("A", "This is a hard question.", INVALID),
+        ("A", "A child with fever is described.", INVALID),
+        ("B", "A child with fever: B", RIGHT),
+        ("B", "Plan B's dose", INVALID),
+        ("B", "B-cells and A", INVALID),
     ],
 )
 def test_choice_takes_whole_words(
@@ -124,10 +133,74 @@ def test_choice_takes_whole_words(
         ("<answer>\nB\n</answer>", RIGHT),
         ("B", INVALID),
         ("<answer>B", INVALID),
+        ("<answer>(B)</answer>", RIGHT),
+        ("<answer>**B.**</answer>", RIGHT),
+        ("<Answer>B</Answer>", RIGHT),
+        ("<answer>Based on this</answer>", INVALID),
+        ("<answer>B</answer> <answer>Based</answer>", INVALID),
+        ("<answer>B12</answer>", INVALID),
+        ("<answer></answer>", INVALID),
     ],
 )
 def test_choice_looks_only_into_the_last_tag(response: str, expected: tuple[float, float]) -> None:
     assert graded("choice", "B", response, tag="answer") == expected
+
+
+def test_choice_reports_the_class_of_the_answer_alone() -> None:
+    """Means over rows with `correct_no` are then over the rows whose answer is no."""
+    grade = grader("choice", choices=["yes", "no"], tag="answer")
+    flagged = grade(Task("t", (), "no"), "<answer>yes</answer>").metrics
+    assert flagged == {"valid": 1.0, "correct": 0.0, "correct_no": 0.0}
+    assert grade(Task("t", (), "No"), "<answer>no</answer>").metrics["correct_no"] == 1.0
+    caught = grade(Task("t", (), "yes"), "<answer>yes</answer>").metrics
+    assert caught == {"valid": 1.0, "correct": 1.0, "correct_yes": 1.0}
+    assert grade(Task("t", (), "yes"), "").metrics["correct_yes"] == 0.0
+
+
+def test_an_answer_that_is_no_choice_is_refused() -> None:
+    """Such a row could never be right, and would count against every model."""
+    with pytest.raises(TaskError, match=r"row 'x9' has the answer 'E'.*\['A', 'B'\]"):
+        grader("choice")(Task("x9", (), "E"), "A")
+
+
+@pytest.mark.parametrize(
+    ("answer", "response", "expected"),
+    [
+        ("1/2", "0.5", RIGHT),
+        ("0.5", r"so it is \boxed{\frac{1}{2}}", RIGHT),
+        (r"\frac12", "The answer is 1/2.", RIGHT),
+        ("$\\frac{1}{2}$", r"\boxed{0.50}", RIGHT),
+        (r"\boxed{7}", "7", RIGHT),
+        ("1/2", r"\boxed{\frac{1}{3}}", WRONG),
+        ("1/2", r"\boxed{1/3}. No: \boxed{1/2}", RIGHT),
+        ("1/2", r"\boxed{1/2}. No: \boxed{1/3}", WRONG),
+        ("1/2", r"\boxed{1/2} and 9 more", RIGHT),
+        ("1/2", r"first 1/2, then \boxed{9", INVALID),
+        ("1,234", "It is 1234", RIGHT),
+        (1234, r"\boxed{1,234}", RIGHT),
+        (1234, r"\boxed{1\,234}", RIGHT),
+        ("12", r"\boxed{12 \text{ cm}}", RIGHT),
+        ("12", r"\boxed{12\,cm}", RIGHT),
+        ("12 cm", "12", RIGHT),
+        ("18", "She makes $18 every day.", RIGHT),
+        ("18", "Of 18 eggs she sells 9.", WRONG),
+        ("-3", "x = -3", RIGHT),
+        ("3", "x = -3", WRONG),
+        (r"2\sqrt{3}", r"\boxed{\sqrt{12}}", RIGHT),
+        ("34", "Answer: 34", RIGHT),
+        ("34", "half of it", INVALID),
+        ("34", "", INVALID),
+    ],
+)
+def test_math_compares_values(answer: Any, response: str, expected: tuple[float, float]) -> None:
+    """Whatever their form, and only the last box or expression."""
+    assert graded("math", answer, response) == expected
+
+
+def test_math_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(ConfigError, match=r"math-verify.*opcd-lm\[math\]"):
+        grader("math")
 
 
 def test_choice_may_be_part_of_another_choice() -> None:
@@ -217,14 +290,14 @@ def test_a_malformed_pattern_is_refused() -> None:
         grader("regex", pattern="(")
 
 
-@pytest.mark.parametrize("kind", ["exact", "contains", "numeric", "choice", "json"])
+@pytest.mark.parametrize("kind", ["exact", "contains", "numeric", "math", "choice", "json"])
 def test_a_row_without_an_answer_is_named(kind: str) -> None:
     valid = {"numeric": "5", "choice": "A", "json": '{"mood": "angry", "escalate": true}'}
     with pytest.raises(TaskError, match=r"row 'x9' has no answer.*remove \[grader\]"):
         grader(kind)(Task("x9", ()), valid.get(kind, "text"))
 
 
-@pytest.mark.parametrize("kind", ["numeric", "choice", "json"])
+@pytest.mark.parametrize("kind", ["numeric", "math", "choice", "json"])
 def test_a_row_without_an_answer_is_found_whatever_the_response(kind: str) -> None:
     """`opcd check` grades an empty response to find such rows before a run starts."""
     with pytest.raises(TaskError, match="row 'x9' has no answer"):
@@ -237,6 +310,7 @@ def test_a_row_without_an_answer_is_found_whatever_the_response(kind: str) -> No
         ("json", {"mood": "angry"}, '{"mood": "angry", "escalate": true}'),
         ("json", "angry", '{"mood": "angry", "escalate": true}'),
         ("numeric", "many", "5"),
+        ("math", "?", "5"),
     ],
 )
 def test_an_answer_of_another_form_is_named(kind: str, answer: Any, response: str) -> None:
@@ -248,7 +322,7 @@ def test_an_answer_of_another_form_is_named(kind: str, answer: Any, response: st
 @given(response=st.text(max_size=30))
 def test_every_grader_gives_valid_and_correct_between_0_and_1(kind: str, response: str) -> None:
     """Whatever a model writes is graded; and nothing is correct that is not valid."""
-    answer = ANSWER if kind == "json" else "5"
+    answer = {"json": ANSWER, "choice": "A"}.get(kind, "5")
     metrics = grader(kind)(Task("t", (), answer), response).metrics
     assert {"valid", "correct"} <= metrics.keys()
     assert all(value in (0.0, 1.0) for value in metrics.values())

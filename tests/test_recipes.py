@@ -10,11 +10,18 @@ from typing import Any
 import pytest
 
 from opcd.checking import check_run
+from opcd.config.inputs import Public
 from opcd.graders import build_grader
 from opcd.tasks import load_splits
+from worlds import write_jsonl
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 RUNS = sorted(RECIPES.glob("*/run.toml"))
+FROM_HUB = ("medical", "safety")
+"""Recipes for a GPU, whose rows are read from a hub when the run starts."""
+LOCAL = [path for path in RUNS if path.parent.name not in FROM_HUB]
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+"""Real rows, where there are any."""
 DESK = RECIPES / "support_desk"
 SPLITS = ("train", "validation", "test")
 
@@ -37,7 +44,7 @@ def test_every_recipe_can_be_started(path: Path) -> None:
     assert [fact for fact in facts if fact.startswith("warning")] == []
 
 
-@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", LOCAL, ids=lambda path: path.parent.name)
 def test_every_answer_of_a_recipe_can_be_graded(path: Path) -> None:
     """A row whose own answer is no valid response would always count against the model."""
     run, _ = check_run(path)
@@ -49,6 +56,64 @@ def test_every_answer_of_a_recipe_can_be_graded(path: Path) -> None:
                 is_text = isinstance(task.answer, str)
                 answer = task.answer if is_text else json.dumps(task.answer)
                 assert grade(task, answer).metrics["correct"] == 1.0, task.id
+
+
+@pytest.mark.parametrize("name", FROM_HUB)
+def test_the_rows_of_a_hub_recipe_can_be_graded(name: str, tmp_path: Path) -> None:
+    """As it will read them, from small files with the hub's columns."""
+    options = {f"op{letter}": f"drug {letter}" for letter in "abcd"}
+    rows: dict[str, list[dict[str, Any]]] = {
+        "medmcqa": [
+            {"id": i, "question": f"{i}?", **options, "cop": i % 4, "exp": None} for i in range(40)
+        ],
+        "hatecheck": [
+            {
+                "functionality": "f",
+                "case_id": i,
+                "test_case": f"case {i}",
+                "label_gold": "hateful" if i % 2 else "non-hateful",
+                "templ_id": i // 2,
+            }
+            for i in range(40)
+        ],
+        "tweet_offensive": [{"text": f"tweet {i}", "label": i % 2} for i in range(40)],
+    }
+    given, _ = check_run(RECIPES / name / "run.toml")
+    sources = [source for source in given.tasks.train if isinstance(source, Public)]
+    assert len(sources) == len(given.tasks.train) > 0
+    files = [write_jsonl(tmp_path / f"{s.name}.jsonl", rows[s.name]) for s in sources]
+    local = ", ".join(
+        f"{{type='public', name='{source.name}', split='{source.split}', path='{file}'}}"
+        for source, file in zip(sources, files, strict=True)
+    )
+    run, facts = check_run(RECIPES / name / "run.toml", [f"tasks.train=[{local}]"])
+    assert facts[-1].startswith("tasks: ")
+    assert run.grader is not None
+    grade = build_grader(run.grader)
+    splits = load_splits(run.tasks, run.seed)
+    assert splits.keys() == {"train", "validation", "test"}
+    for task in (task for tasks in splits.values() for task in tasks):
+        answer = f"Because. <answer>{task.answer}</answer>"
+        assert grade(task, answer).metrics["correct"] == 1.0, task.id
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real rows are not here")
+def test_safety_can_be_started_on_real_rows() -> None:
+    """Both classes in every split, no template in two of them, and selection by the harmless."""
+    file = SHARED / "hatecheck.jsonl"
+    source = f"{{type='public', name='hatecheck', split='test', path='{file}'}}"
+    overrides = [f"tasks.train={source}", "evaluation.select_by=correct_no"]
+    run, _ = check_run(RECIPES / "safety" / "run.toml", overrides)
+    for tasks in load_splits(run.tasks, run.seed).values():
+        assert {task.answer for task in tasks} == {"yes", "no"}
+
+
+@pytest.mark.parametrize("name", FROM_HUB)
+def test_the_guides_are_of_300_to_800_words(name: str) -> None:
+    """Long enough to be worth baking in, and no reply is given that the grader cannot read."""
+    text = (RECIPES / name / "system.md").read_text(encoding="utf-8")
+    assert 300 <= len(text.split()) <= 800
+    assert "<answer>" in text
 
 
 def test_the_desk_has_400_different_messages() -> None:

@@ -165,6 +165,14 @@ def test_a_few_rows_do_not_make_a_step_better(correct: float, kl_nats: float, be
     assert is_better(found, best, "kl_nats_per_token") == (kl_nats < 0.5)
 
 
+def test_noise_is_that_of_the_rows_that_have_the_metric() -> None:
+    """0.1 is more than one standard error on 60 rows, and less on the 4 that are harmless."""
+    best = {"rows": 60, "rows_correct_no": 4, "correct_no": 0.5, "kl_nats_per_token": 0.5}
+    found = {**best, "correct_no": 0.6, "kl_nats_per_token": 0.6}
+    assert not is_better(found, best, "correct_no")
+    assert is_better({**found, "rows_correct_no": 60}, best, "correct_no")
+
+
 def test_best_may_be_an_earlier_step(tiny_model_path: Path, tmp_path: Path) -> None:
     """A learning rate that ruins the student after its first step: that step's weights stay."""
     overrides = ("optimizer.lr=3.0", "optimizer.warmup_steps=2", "evaluation.every_steps=1")

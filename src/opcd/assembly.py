@@ -136,14 +136,14 @@ def build_accelerator(config: Run) -> Accelerator:
 
 
 def render_splits(config: Run, renderer: Renderer) -> tuple[dict[str, list[Item]], list[str]]:
-    """All tasks of a run with their prompts, and a note for each split that lost rows.
+    """All tasks of a run with their prompts, and a note for each source or split that lost rows.
 
     Raises:
         InputError: a row, a context or a prompt is wrong.
     """
     items: dict[str, list[Item]] = {}
     notes: list[str] = []
-    for split, tasks in load_splits(config.tasks, config.seed).items():
+    for split, tasks in load_splits(config.tasks, config.seed, notes).items():
         contexts = [load_context(config.context, task) for task in tasks]
         pairs, dropped = render_pairs(renderer, tasks, contexts)
         by_id = {task.id: task for task in tasks}

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from opcd.anchors import load_anchors
 from opcd.config import Run, check_files, load_config
-from opcd.config.inputs import HubDataset
+from opcd.config.inputs import HubDataset, Public, Source
 from opcd.contexts import load_context
 from opcd.errors import ConfigError
 from opcd.graders import Grader, build_grader
+from opcd.public_sets import find_set
 from opcd.tasks import load_splits
 from opcd.types import Task
 
@@ -31,16 +32,18 @@ def check_run(path: Path, overrides: Sequence[str] = ()) -> tuple[Run, list[str]
         *warnings(run),
     ]
     sources = (*run.tasks.train, *run.tasks.validation, *run.tasks.test)
-    if any(isinstance(source, HubDataset) for source in sources):
+    if any([_is_far(source) for source in sources]):
         return run, [*facts, "tasks: from a data set, read when the run starts"]
-    splits = load_splits(run.tasks, run.seed)
+    notes: list[str] = []
+    splits = load_splits(run.tasks, run.seed, notes)
     check_select_by(run, grader, splits.get("validation", []))
     for split, tasks in splits.items():
         for task in tasks:
             load_context(run.context, task)
             if grader and split != "train":
                 grader(task, "")
-    return run, [*facts, "tasks: " + ", ".join(f"{len(t)} {s}" for s, t in splits.items())]
+    counts = "tasks: " + ", ".join(f"{len(t)} {s}" for s, t in splits.items())
+    return run, [*facts, *notes, counts]
 
 
 def check_select_by(run: Run, grader: Grader | None, validation: Sequence[Task]) -> None:
@@ -51,12 +54,22 @@ def check_select_by(run: Run, grader: Grader | None, validation: Sequence[Task])
     """
     if grader is None or not validation:
         return
-    metrics = {*grader(validation[0], "").metrics, "kl_nats_per_token"}
+    # Some metrics are of one class alone, and only its rows have them.
+    rows = validation[: run.evaluation.validation_rows]
+    metrics = {name for task in rows for name in grader(task, "").metrics} | {"kl_nats_per_token"}
     if run.evaluation.select_by not in metrics:
         raise ConfigError(
             f"evaluation.select_by = {run.evaluation.select_by!r} is no metric of the grader; it "
             f"has {sorted(metrics)}"
         )
+
+
+def _is_far(source: Source) -> bool:
+    """Whether rows come from a hub; what can be said of those without it, is checked."""
+    if isinstance(source, Public) and source.path is None:
+        find_set(source.name, source.split)
+        return True
+    return isinstance(source, HubDataset)
 
 
 def warnings(run: Run) -> list[str]:

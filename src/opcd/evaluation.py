@@ -12,7 +12,7 @@ from typing import Any
 from opcd.assembly import Item, Parts
 from opcd.config.training import Loss
 from opcd.intervals import estimate, mcnemar
-from opcd.responses import Response, by_row, mean, respond, rows_of, score, score_base
+from opcd.responses import Response, by_metric, by_row, mean, respond, rows_of, score, score_base
 from opcd.suites import measure_suites
 from opcd.types import Condition
 
@@ -55,14 +55,19 @@ def evaluate(parts: Parts, split: str, checkpoint: str) -> Evaluation:
 
 
 def validate(parts: Parts, step: int) -> dict[str, float]:
-    """Grader's metrics and KL to the teacher on validation rows, without the context."""
+    """Grader's metrics and KL to the teacher on validation rows, without the context.
+
+    A metric that only some rows have is the mean over those, `rows_METRIC` of them.
+    """
     items = rows_of(parts, "validation", parts.config.evaluation.validation_rows)
     responses = respond(parts, items, "baked")
-    names = responses[0].score.metrics
-    metrics = {name: mean([r.score.metrics[name] for r in responses]) for name in names}
+    values = by_metric(responses)
+    metrics = {name: mean(found) for name, found in values.items()}
+    counts = {f"rows_{n}": len(found) for n, found in values.items() if len(found) < len(items)}
     answered = [r.answered for r in responses]
     kl_nats = [kl for _, stats in score(parts, answered, Loss()) for kl in stats.kl_T.tolist()]
-    return {"step": step, "rows": len(items), **metrics, "kl_nats_per_token": mean(kl_nats)}
+    scores = {**metrics, **counts, "kl_nats_per_token": mean(kl_nats)}
+    return {"step": step, "rows": len(items), **scores}
 
 
 def distances(
@@ -106,11 +111,14 @@ def task_suite(
     responses: Mapping[Condition, Sequence[Response]],
     kl_nats: Mapping[Condition, Sequence[float]],
 ) -> dict[str, Any]:
-    """Each condition's metrics, agreement with `in_context`, length and KL to the teacher."""
+    """Each condition's metrics, agreement with `in_context`, length and KL to the teacher.
+
+    A metric that only some rows have, that of a class, is estimated from those rows.
+    """
     suite: dict[str, Any] = {}
     reference = responses["in_context"]
     for condition, rows in responses.items():
-        metrics = {name: [r.score.metrics[name] for r in rows] for name in rows[0].score.metrics}
+        metrics = by_metric(rows)
         metrics["agreement"] = [
             float(r.text == other.text) for r, other in zip(rows, reference, strict=True)
         ]

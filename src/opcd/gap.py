@@ -11,7 +11,16 @@ from typing import Any
 from opcd.assembly import Parts
 from opcd.config.training import Loss
 from opcd.intervals import Estimate, estimate, mcnemar
-from opcd.responses import Response, by_row, mean, respond, rows_of, score_base, teacher_margins
+from opcd.responses import (
+    Response,
+    by_metric,
+    by_row,
+    mean,
+    respond,
+    rows_of,
+    score_base,
+    teacher_margins,
+)
 
 NOTHING_NATS_PER_TOKEN = 0.02
 """Below it, the context hardly changes what is answered."""
@@ -59,8 +68,9 @@ def measure_gap(parts: Parts) -> dict[str, Any]:
 def compare_metrics(base: Sequence[Response], in_context: Sequence[Response]) -> dict[str, Any]:
     """Each metric of the grader under both conditions, and their paired difference."""
     found: dict[str, Any] = {}
-    for name in base[0].score.metrics:
-        before, after = ([r.score.metrics[name] for r in rows] for rows in (base, in_context))
+    befores, afters = by_metric(base), by_metric(in_context)
+    for name, before in befores.items():
+        after = afters[name]
         found[name] = {
             "base": estimate(before).as_json(),
             "in_context": estimate(after).as_json(),

@@ -1,6 +1,7 @@
 """Is this response right? Each grader is a function `(task, response) -> Score`.
 
-All of them report `valid` (the response has the asked form) and `correct` (it is also right).
+All of them report `valid` (the response has the asked form) and `correct` (it is also right). A
+metric of one class (`correct_no`) is reported for the rows of that class alone.
 """
 
 import json
@@ -10,11 +11,16 @@ from typing import Any
 
 from opcd.config import inputs
 from opcd.errors import ConfigError, TaskError
+from opcd.math_answers import load_verifier, parse_gold, parse_response
 from opcd.targets import resolve
 from opcd.types import Score, Task
 
 Grader = Callable[[Task, str], Score]
 
+ARTICLE = re.compile(r"\b(?:A|I) (?!(?:is|or|and|because)\b)(?=[a-z])")
+"""A and I where a sentence goes on with them: words, not the letters of an option."""
+WRAPPING = " \t\r\n.:;()[]*\"'"
+"""What may stand around a choice in its tag."""
 NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
@@ -31,11 +37,8 @@ def build_grader(config: inputs.GraderConfig) -> Grader:
             return lambda task, response: grade_choice(task, response, config.choices, config.tag)
         case inputs.JsonObject():
             return lambda task, response: grade_json(task, response, config.keys)
-        case inputs.Regex():
-            pattern = _compile(config.pattern)
-            return lambda task, response: grade_regex(task, response, pattern)
-        case inputs.Function():
-            return resolve(config.target)
+        case inputs.Regex() | inputs.Math() | inputs.Function():
+            return _prepare(config)
 
 
 def form_of(config: inputs.GraderConfig) -> Callable[[str], bool] | None:
@@ -82,6 +85,21 @@ def grade_numeric(task: Task, response: str, tolerance: float = 1e-6) -> Score:
     return _score(True, abs(found - wanted) <= tolerance, f"found {found}, wanted {wanted}")
 
 
+def grade_math(task: Task, response: str, verifier: Any) -> Score:
+    r"""Right where the last `\boxed{...}`, else the last expression, equals the answer.
+
+    Equal in value: 1/2 is 0.5, 1,234 is 1234, and units are left aside.
+    """
+    wanted = str(_answer(task))
+    gold = parse_gold(verifier, wanted)
+    if not gold:
+        raise _unfit(task, "a mathematical expression")
+    found = parse_response(verifier, response)
+    if not found:
+        return _score(valid=False, correct=False, note="no expression, or a box left open")
+    return _score(True, verifier.verify(gold, found), f"found {found[-1]}, wanted {wanted}")
+
+
 def grade_choice(
     task: Task, response: str, choices: tuple[str, ...], tag: str | None = None
 ) -> Score:
@@ -89,21 +107,23 @@ def grade_choice(
 
     With `tag`, only the last `<tag>...</tag>` counts and must hold the choice alone, so that
     neither 'Based on ...' is read as B, nor a sentence about every option as the last one.
+    Without, a choice of one letter is named by its capital, in brackets, or alone: the article in
+    'This is a hard case' is not option A.
+
+    Besides `valid` and `correct`, `correct_CHOICE` says the latter of the answer's own class. Rows
+    of other classes do not have it, so that its mean is the share of that class that is right.
     """
-    wanted = str(_answer(task))
-    if tag:
-        inside = re.findall(rf"<{re.escape(tag)}>(.*?)</{re.escape(tag)}>", response, re.DOTALL)
-        found = {c for c in choices if inside and inside[-1].strip().lower() == c.lower()}
-    else:
-        # Longest first, so that "very good" does not name "good" as well.
-        longest = "|".join(re.escape(c) for c in sorted(choices, key=len, reverse=True))
-        words = re.findall(rf"(?<!\w)(?:{longest})(?!\w)", response, re.IGNORECASE)
-        named = {word.lower() for word in words}
-        found = {c for c in choices if c.lower() in named}
+    wanted = str(_answer(task)).lower()
+    (own, *_) = [c for c in choices if c.lower() == wanted] or [None]
+    if own is None:
+        raise _unfit(task, f"one of {list(choices)}")
+    found = _tagged(choices, response, tag) if tag else _named(choices, response)
     if len(found) != 1:
-        return _score(valid=False, correct=False, note=f"names {len(found)} of the choices")
-    (choice,) = found
-    return _score(True, choice.lower() == wanted.lower(), f"found {choice!r}, wanted {wanted!r}")
+        score = _score(valid=False, correct=False, note=f"names {len(found)} of the choices")
+    else:
+        (choice,) = found
+        score = _score(True, choice == own, f"found {choice!r}, wanted {own!r}")
+    return Score({**score.metrics, f"correct_{own}": score.metrics["correct"]}, score.note)
 
 
 def grade_json(task: Task, response: str, keys: dict[str, tuple[Any, ...]]) -> Score:
@@ -139,6 +159,46 @@ def grade_regex(task: Task, response: str, pattern: re.Pattern[str]) -> Score:
         return _score(valid=True, correct=True)
     found = (match.group(1) if pattern.groups else match.group(0)) or ""
     return _score(True, found.strip() == str(task.answer).strip(), f"found {found!r}")
+
+
+def _tagged(choices: tuple[str, ...], response: str, tag: str) -> set[str]:
+    inside = re.findall(
+        rf"<{re.escape(tag)}>(.*?)</{re.escape(tag)}>", response, re.DOTALL | re.IGNORECASE
+    )
+    held = {inside[-1].strip().lower(), inside[-1].strip(WRAPPING).lower()} if inside else set()
+    return {c for c in choices if c.lower() in held}
+
+
+def _named(choices: tuple[str, ...], response: str) -> set[str]:
+    alone = response.strip(WRAPPING).lower()
+    letters = [c for c in choices if len(c) == 1 and c.isalpha()]
+    found = {c for c in choices if c.lower() == alone}
+    for letter in letters:
+        upper = re.escape(letter.upper())
+        bracketed = rf"[(\[*]{upper}[)\]*]"
+        found |= {letter} if re.search(bracketed, response, re.IGNORECASE) else set()
+        # An apostrophe makes it part of a word: "I'm".
+        capital = rf"(?<!\w){upper}(?!['\u2019]?\w)"
+        found |= {letter} if re.search(capital, ARTICLE.sub("", response)) else set()
+    # Longest first, so that "very good" does not name "good" as well.
+    words = sorted(set(choices) - set(letters), key=len, reverse=True)
+    longest = "|".join(re.escape(word) for word in words)
+    hits = re.findall(rf"(?<!\w)(?:{longest})(?!\w)", response, re.IGNORECASE) if words else []
+    named = {hit.lower() for hit in hits}
+    return found | {c for c in words if c.lower() in named}
+
+
+def _prepare(config: inputs.Regex | inputs.Math | inputs.Function) -> Grader:
+    """A grader that needs something made or loaded first."""
+    match config:
+        case inputs.Regex():
+            pattern = _compile(config.pattern)
+            return lambda task, response: grade_regex(task, response, pattern)
+        case inputs.Math():
+            verifier = load_verifier()
+            return lambda task, response: grade_math(task, response, verifier)
+        case inputs.Function():
+            return resolve(config.target)
 
 
 def _score(valid: bool, correct: bool, note: str = "") -> Score:

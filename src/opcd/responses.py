@@ -118,6 +118,15 @@ def teacher_margins(parts: Parts, answered: Sequence[Answered]) -> list[list[flo
     return margins
 
 
+def by_metric(responses: Sequence[Response]) -> dict[str, list[float]]:
+    """Each metric's values, of the rows that have it: that of a class is of its rows alone."""
+    values: dict[str, list[float]] = {}
+    for response in responses:
+        for name, value in response.score.metrics.items():
+            values.setdefault(name, []).append(value)
+    return values
+
+
 def by_row(values_T: torch.Tensor, portion: Sequence[Answered]) -> list[list[float]]:
     """Values of flattened tokens, one list for each response."""
     parts_T = values_T.split([len(a.rollout.response_ids) for a in portion])

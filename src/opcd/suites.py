@@ -21,7 +21,7 @@ from opcd.contexts import load_context
 from opcd.graders import form_of, grade_contains, grade_exact
 from opcd.intervals import estimate
 from opcd.other_contexts import load_other_contexts
-from opcd.responses import Response, ask, by_row, mean, respond, score
+from opcd.responses import Response, ask, by_metric, by_row, mean, respond, score
 from opcd.types import Answered, Context, Message, PromptPair, Task
 
 Suite = dict[str, dict[str, Any]]
@@ -121,7 +121,7 @@ def context_return(parts: Parts, items: Sequence[Item], before: Sequence[Respons
         ("in_context", before),
         ("baked", respond(parts, items, "baked_in_context")),
     ):
-        metrics = {name: [r.score.metrics[name] for r in rows] for name in rows[0].score.metrics}
+        metrics = by_metric(rows)
         metrics["agreement"] = [
             float(r.text == other.text) for r, other in zip(rows, before, strict=True)
         ]

@@ -8,11 +8,13 @@ tokens.
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from opcd.config.inputs import SPLITS, Generator, HubDataset, Jsonl, Source
+from opcd.config.inputs import SPLITS, Generator, HubDataset, Jsonl, Public, Source
 from opcd.config.inputs import Tasks as TasksConfig
 from opcd.errors import TaskError
+from opcd.public_sets import convert, find_set
 from opcd.targets import resolve
 from opcd.types import Message, Role, Task
 
@@ -21,14 +23,21 @@ Row = TypeVar("Row")
 ALIASES = {"messages": "prompt", "privileged_context": "context"}
 
 
-def load_splits(config: TasksConfig, seed: int) -> dict[str, list[Task]]:
+def load_splits(
+    config: TasksConfig, seed: int, notes: list[str] | None = None
+) -> dict[str, list[Task]]:
     """All tasks of a run by split name, with the leak check done.
+
+    Args:
+        config: the `[tasks]` table.
+        seed: of the rows that are drawn and the shares that are taken.
+        notes: what a source left out is added to it, for people.
 
     Raises:
         TaskError: a row is malformed, a split is empty, or splits share a row or a group.
     """
     splits = {
-        name: mix(getattr(config, name), name, config.group_by, seed)
+        name: mix(getattr(config, name), name, config.group_by, seed, notes)
         for name in SPLITS
         if getattr(config, name)
     }
@@ -39,14 +48,20 @@ def load_splits(config: TasksConfig, seed: int) -> dict[str, list[Task]]:
     return splits
 
 
-def mix(sources: Sequence[Source], split: str, group_by: str | None, seed: int) -> list[Task]:
+def mix(
+    sources: Sequence[Source],
+    split: str,
+    group_by: str | None,
+    seed: int,
+    notes: list[str] | None = None,
+) -> list[Task]:
     """The tasks of several sources, one after the other, each cut to its `rows`."""
     tasks: list[Task] = []
     for number, source in enumerate(sources):
         prefix = split if len(sources) == 1 else f"{split}.{number}"
         rows = [
             read_row(row, f"{prefix}-{index:05d}", f"{_name(source)}, row {index + 1}", group_by)
-            for index, row in enumerate(_read(source, seed))
+            for index, row in enumerate(_read(source, seed, [] if notes is None else notes))
         ]
         if source.rows is not None and len(rows) < source.rows:
             raise TaskError(
@@ -147,14 +162,17 @@ def check_leaks(splits: Mapping[str, Sequence[Task]]) -> None:
                     )
 
 
-def _read(source: Source, seed: int) -> Iterator[Mapping[str, Any]]:
+def _read(source: Source, seed: int, notes: list[str]) -> Iterator[Mapping[str, Any]]:
     match source:
         case Jsonl():
-            rows: Any = _read_jsonl(source)
+            rows: Any = _read_jsonl(source.path)
         case HubDataset():
-            from datasets import load_dataset
-
-            rows = load_dataset(source.path, source.name, split=source.split)
+            rows = _read_hub(source.path, source.name, source.split)
+        case Public():
+            public, note = convert(source.name, source.split, _read_public(source))
+            notes += [note] if note else []
+            yield from public
+            return
         case Generator():
             yield from resolve(source.target)(seed=seed, **source.arguments)
             return
@@ -163,17 +181,49 @@ def _read(source: Source, seed: int) -> Iterator[Mapping[str, Any]]:
         yield {names.get(str(key), str(key)): value for key, value in row.items()}
 
 
-def _read_jsonl(source: Jsonl) -> Iterator[dict[str, Any]]:
-    with open(source.path, encoding="utf-8") as lines:
+def _read_hub(path: str, name: str | None, split: str, revision: str | None = None) -> Any:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(path, name, split=split, revision=revision)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise TaskError(
+            f"{path}, split {split!r}: datasets cannot read it ({error}); correct the name, or "
+            "download its files and give their path"
+        ) from error
+
+
+def _read_public(source: Public) -> Iterator[dict[str, Any]]:
+    if source.path is None:
+        known = find_set(source.name, source.split)
+        return iter(_read_hub(known.hub_id, known.config, source.split, source.revision))
+    if source.path.suffix == ".parquet":
+        return _read_parquet(source.path)
+    return _read_jsonl(source.path)
+
+
+def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                yield from batch.to_pylist()
+    except ArrowException as error:
+        raise TaskError(f"{path.name}: not a parquet file ({error}); name another") from error
+
+
+def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise TaskError(f"{source.path.name}, line {number}: not JSON ({error})") from error
+                raise TaskError(f"{path.name}, line {number}: not JSON ({error})") from error
             if not isinstance(row, dict):
-                raise TaskError(f"{source.path.name}, line {number}: not a JSON object")
+                raise TaskError(f"{path.name}, line {number}: not a JSON object")
             yield row
 
 
@@ -212,4 +262,8 @@ def _text(task: Task) -> str:
 
 
 def _name(source: Source) -> str:
-    return source.target if isinstance(source, Generator) else str(source.path).rsplit("/", 1)[-1]
+    if isinstance(source, Generator):
+        return source.target
+    if isinstance(source, Public):
+        return f"{source.name} {source.split}"
+    return str(source.path).rsplit("/", 1)[-1]

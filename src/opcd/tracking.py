@@ -68,7 +68,8 @@ class Tracker:
             append_jsonl(self._folder.validation, [metrics])
         numbers = {f"validation/{k}": v for k, v in metrics.items() if k != "step"}
         self._accelerator.log(numbers, step=metrics["step"])
-        shown = ", ".join(f"{k} {v:.3f}" for k, v in metrics.items() if k not in ("step", "rows"))
+        measured = {k: v for k, v in metrics.items() if k != "step" and not k.startswith("rows")}
+        shown = ", ".join(f"{k} {v:.3f}" for k, v in measured.items())
         self.say(f"step {metrics['step'] + 1} of {self._steps}, validation: {shown}")
 
     def say(self, text: str) -> None:

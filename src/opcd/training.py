@@ -171,12 +171,13 @@ def is_better(found: dict[str, Any], best: dict[str, Any], name: str) -> bool:
     """Whether a step's validation is better than that of the best so far.
 
     By the metric `name`, if it is further from the highest that was seen than one standard error
-    of a share of `rows`; else by the KL to the teacher, since a few rows more or less say nothing.
+    of a share of the rows that have it; else by the KL to the teacher, since a few rows more or
+    less say nothing.
     """
     nearer = found["kl_nats_per_token"] < best["kl_nats_per_token"]
     if name == "kl_nats_per_token":
         return nearer
-    highest, rows = best.get("highest", best[name]), found["rows"]
+    highest, rows = best.get("highest", best[name]), found.get(f"rows_{name}", found["rows"])
     # As if one row more were right and one wrong: at 0 and 1 there is noise too. A user's own
     # metric need not be a share.
     share = (min(max(highest, 0.0), 1.0) * rows + 1) / (rows + 2)

@@ -92,7 +92,21 @@ class Generator(Section):
     rows: Count | None = None
 
 
-Source = Annotated[Jsonl | HubDataset | Generator, Field(discriminator="type")]
+class Public(Section):
+    """Rows of a public data set that `opcd.public_sets` knows how to read."""
+
+    type: Literal["public"] = "public"
+    name: Literal["medmcqa", "tweet_offensive", "hatecheck", "ethos", "dapo_math", "gsm8k"]
+    split: str = "train"
+    """One of the set's own splits."""
+    path: Path | None = None
+    """A local JSONL or parquet file with the set's own columns; the hub is left alone then."""
+    revision: str | None = None
+    """Of the hub's repository: a branch, a tag or a commit."""
+    rows: Count | None = None
+
+
+Source = Annotated[Jsonl | HubDataset | Generator | Public, Field(discriminator="type")]
 
 
 class Tasks(Section):
@@ -148,13 +162,22 @@ class Numeric(Section):
     tolerance: Annotated[float, Field(ge=0.0)] = 1e-6
 
 
+class Math(Section):
+    """Right where the last box of the response, else its last expression, equals the answer.
+
+    Needs the extra `math`.
+    """
+
+    type: Literal["math"] = "math"
+
+
 class Choice(Section):
     """Right where the one choice named in the response (or in its tag) is the answer."""
 
     type: Literal["choice"] = "choice"
     choices: Annotated[tuple[str, ...], Field(min_length=2)]
     tag: str | None = None
-    """Look only inside `<tag>...</tag>`."""
+    """Look only inside `<tag>...</tag>`; letters in running text are easily mistaken."""
 
 
 class JsonObject(Section):
@@ -181,7 +204,7 @@ class Function(Section):
 
 
 GraderConfig = Annotated[
-    Exact | Contains | Numeric | Choice | JsonObject | Regex | Function,
+    Exact | Contains | Numeric | Math | Choice | JsonObject | Regex | Function,
     Field(discriminator="type"),
 ]
 

@@ -160,7 +160,7 @@ def check_files(run: Run) -> None:
         error = ContextError if key.startswith("context") else TaskError
         if not path.is_file():
             raise error(f"{key} = {str(path)!r}: there is no such file; correct the path")
-        if not path.read_text(encoding="utf-8").strip():
+        if not path.read_bytes().strip():
             raise error(
                 f"{key} = {str(path)!r}: the file is empty, so there is nothing to train on; "
                 "put its text in, or name another file"
