@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from opcd.assembly import assemble
-from opcd.gap import measure_gap, verdict
+from opcd.assembly import Item, assemble
+from opcd.gap import margins_by_answer, measure_gap, verdict
 from opcd.programs import gap_of
 from opcd.responses import respond
 from opcd.training import train
+from opcd.types import PromptPair, Task
 from tiny import log_probs_of, make_run, parts_of, reverse_kl
 
 
@@ -32,6 +33,7 @@ def gap(
         "kl_nats_per_token": number(0.8),
         "margin_nats": number(1.5),
         "margin_nats_lowest_tenth": 0.4,
+        "margin_nats_by_answer": {},
         **more,
     }
 
@@ -45,6 +47,10 @@ def gap(
         (gap(0.4, 0.4, 1.0, kl_nats_per_token=number(0.001)), "there is nothing to bake"),
         (gap(selected_by=None, metrics={}), "There is no grader"),
         (gap(margin_nats=number(0.2)), "The teacher hesitates"),
+        (
+            gap(margin_nats_by_answer={"yes": 1.9, "no": 0.4, "maybe": 0.7}),
+            "no and maybe are 1.10 nats ahead of the next token, together",
+        ),
         (gap(context_tokens=20_000), "20,000 tokens are more than a behaviour"),
         (gap(context_type="column"), "Every row brings a context of its own"),
     ],
@@ -57,6 +63,17 @@ def test_the_verdict_says_what_to_expect(found: dict[str, Any], said: str) -> No
 
 def test_a_sure_teacher_with_a_small_context_is_not_warned_of() -> None:
     assert len(verdict(gap())) == 2
+    assert len(verdict(gap(margin_nats_by_answer={"yes": 0.9, "no": 0.8}))) == 2
+
+
+def test_margins_are_grouped_by_the_right_answer_where_it_is_a_label() -> None:
+    pair = PromptPair("x", (1,), (1,))
+    items = [Item(Task(str(i), (), answer), pair) for i, answer in enumerate("aabb")]
+    least = {"0": 1.0, "1": 2.0, "2": 0.5, "3": 0.5}
+    assert margins_by_answer(items, least) == {"a": 1.5, "b": 0.5}
+    free = [Item(Task(str(i), (), f"text {i}"), pair) for i in range(4)]
+    assert margins_by_answer(free, least) == {}, "each its own answer: no labels"
+    assert margins_by_answer(items[:2], least) == {}, "one label has nothing to be apart from"
 
 
 def test_the_distance_is_that_of_the_context(tiny_model_path: Path, tmp_path: Path) -> None:

@@ -105,17 +105,18 @@ def score_base(
 
 
 @torch.no_grad()
-def teacher_margins(parts: Parts, answered: Sequence[Answered]) -> list[list[float]]:
+def teacher_margins(
+    parts: Parts, answered: Sequence[Answered]
+) -> Iterator[tuple[Answered, list[float]]]:
     """How far the teacher's likeliest token is ahead of the next, in nats, at each token."""
-    margins: list[list[float]] = []
     for portion, batch in _batches(parts, answered):
         teacher_TD = parts.teacher.hidden(batch.teacher)
         chunks = teacher_TD.split(parts.config.loss.chunk_tokens)
         first_two_T2 = torch.cat(
             [parts.teacher.head(chunk_CD).topk(2).values for chunk_CD in chunks]
         )
-        margins += by_row(first_two_T2[:, 0] - first_two_T2[:, 1], portion)
-    return margins
+        apart_T = first_two_T2[:, 0] - first_two_T2[:, 1]
+        yield from zip(portion, by_row(apart_T, portion), strict=True)
 
 
 def by_metric(responses: Sequence[Response]) -> dict[str, list[float]]:
