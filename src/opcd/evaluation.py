@@ -19,9 +19,7 @@ from opcd.divergence import TokenStats
 from opcd.errors import TaskError
 from opcd.intervals import estimate, mcnemar
 from opcd.rollouts.engine import Sampling
-from opcd.types import Answered, Condition, Score
-
-CONDITIONS: tuple[Condition, ...] = ("base", "in_context", "baked")
+from opcd.types import CONDITIONS, Answered, Condition, Score
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,14 @@ from opcd.assembly import Item, Parts, assemble
 from opcd.contexts import load_context
 from opcd.errors import ContextError
 from opcd.evaluation import CONDITIONS, Evaluation, evaluate, respond
-from opcd.runs import RunFolder, append_jsonl, open_run, read_jsonl, write_json
-from opcd.training import read_best
+from opcd.runs import (
+    RunFolder,
+    append_jsonl,
+    open_run,
+    read_best,
+    read_jsonl,
+    write_json,
+)
 from opcd.types import Context, Message, Task
 
 

@@ -9,6 +9,8 @@ runs/NAME/
   best/              the weights chosen on validation
   evaluation.json    what was measured on the test split
   answers.jsonl      every graded answer of that measurement
+  token_kl.jsonl     what the context does to each token of these answers
+  costs.json         what the context costs and baking saved
 """
 
 import json
@@ -70,6 +72,16 @@ class RunFolder:
         """Every graded answer of that measurement."""
         return self.path / "answers.jsonl"
 
+    @property
+    def token_kl(self) -> Path:
+        """What the context does to each token of these answers."""
+        return self.path / "token_kl.jsonl"
+
+    @property
+    def costs(self) -> Path:
+        """What the context costs and baking saved."""
+        return self.path / "costs.json"
+
 
 def create_run(config: Run, overwrite: bool = False) -> RunFolder:
     """Make the folder of a new run.
@@ -109,6 +121,20 @@ def open_run(path: str | Path) -> tuple[RunFolder, Run]:
             f"{folder.path} is not a run: it has no config.json; give a folder that opcd train made"
         )
     return folder, load_config(folder.config)
+
+
+def read_best(folder: RunFolder) -> dict[str, Any]:
+    """Which step `best/` holds, and why.
+
+    Raises:
+        RunFolderError: the run has not come so far.
+    """
+    file = folder.best / "best.json"
+    if not file.is_file():
+        raise RunFolderError(
+            f"{folder.path} has no best/ yet; train it to its first validation with opcd train"
+        )
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def write_text(path: Path, text: str) -> None:

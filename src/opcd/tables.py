@@ -5,10 +5,15 @@ from typing import Any
 
 from rich.table import Table
 
-from opcd.evaluation import CONDITIONS
+from opcd.types import CONDITIONS
 
 SHARES = ("valid", "correct", "agreement", "truncated", "greedy_agreement")
-"""Metrics that read best as percentages."""
+"""Metrics that read best as percentages, besides the `correct_` ones."""
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric reads best as a percentage."""
+    return metric in SHARES or metric.startswith("correct_")
 
 
 def results_table(summary: Mapping[str, Any]) -> Table:
@@ -56,7 +61,7 @@ def _cell(metric: str, found: Mapping[str, Any] | None) -> str:
     if found is None:
         return ""
     mean, (low, high) = found["mean"], found["ci95"]
-    if metric in SHARES or metric.startswith("correct_"):
+    if is_share(metric):
         return f"{100 * mean:.1f} % [{100 * low:.0f}, {100 * high:.0f}]"
     return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 
