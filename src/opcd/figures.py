@@ -4,8 +4,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from opcd.charts import Chart, Line
 from opcd.errors import InputError
-from opcd.findings import Findings
-from opcd.tables import is_share
 
 INK, RULE = "#2b2b2b", "#d4d4d4"
 LINES = ("#0b6e6e", "#b3541e", "#5a4fa0", "#8a7300", "#a8326b", "#3d6fb6")
@@ -39,73 +37,6 @@ SETTINGS: Any = {
     "xtick.color": INK,
     "ytick.color": INK,
 }
-LOG_RATIO = 50
-"""A curve that falls by more than this needs a logarithmic axis to show where it ends."""
-
-TRAINING = (
-    ("kl_nats_per_token", "KL to the teacher", "nats per token"),
-    ("anchor_kl_nats_per_token", "KL to the base model on anchors", "nats per token"),
-    ("student_entropy_nats", "Entropy of the student", "nats"),
-    ("tokens_per_response", "Response length", "tokens per response"),
-    ("truncated_fraction", "Responses cut off", "% of responses"),
-)
-"""Key in metrics.jsonl, title, unit."""
-UNMEASURED = ("step", "rows")
-"""What a row of validation.jsonl holds besides measurements."""
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One run's curve; `None` where a value was not finite."""
-
-    label: str
-    run: int
-    steps: list[int]
-    values: list[float | None]
-    best_step: int | None = None
-    """Marked, where the chosen weights are a point of this curve."""
-
-
-@dataclass(frozen=True, slots=True)
-class Chart:
-    """One quantity over the steps that were done."""
-
-    name: str
-    """Of letters, digits, `_` and `-`: the file's name, and what its ids begin with."""
-    title: str
-    unit: str
-    lines: list[Line]
-    warmup_ends: dict[int, str]
-    """After how many steps a warm-up ended, and whose."""
-
-    @property
-    def gaps(self) -> int:
-        """How many values were not finite and are left out."""
-        return sum(value is None for line in self.lines for value in line.values)
-
-    @property
-    def is_logarithmic(self) -> bool:
-        """Whether the values are all positive and too far apart for a linear axis."""
-        values = [v for line in self.lines for v in line.values if v is not None]
-        return bool(values) and min(values) > 0 and max(values) / min(values) > LOG_RATIO
-
-
-def charts_of(runs: Sequence[Findings]) -> list[Chart]:
-    """Every quantity that at least one of the runs has values of."""
-    warmups = _warmup_ends(runs)
-    charts = [
-        Chart(name, title, unit, _lines(runs, name, "metrics"), warmups)
-        for name, title, unit in TRAINING
-    ]
-    names = dict.fromkeys(key for run in runs for row in run.validation for key in row)
-    for name in names:
-        if name not in UNMEASURED:
-            unit = "nats per token" if name == "kl_nats_per_token" else _unit(name)
-            title = "KL to the teacher" if name == "kl_nats_per_token" else name.replace("_", " ")
-            lines = _lines(runs, name, "validation")
-            slug = re.sub(r"[^A-Za-z0-9_-]", "_", f"validation_{name}")
-            charts.append(Chart(slug, f"Validation: {title}", unit, lines, warmups))
-    return [chart for chart in charts if chart.lines]
 
 
 def inline_svg(chart: Chart) -> str:
@@ -148,7 +79,8 @@ def write_figures(charts: Sequence[Chart], folder: Path) -> list[Path]:
 
 def draw(chart: Chart) -> Figure:
     """The chart, in the colours of a white page."""
-    figure = Figure(figsize=(4.6, 2.9), layout="constrained")
+    figure = Figure(figsize=(4.6, 2.9))
+    figure.subplots_adjust(left=0.16, right=0.98, bottom=0.17, top=0.9)
     axes: Axes = figure.subplots()
     for line in chart.lines:
         _draw_line(axes, chart, line)
@@ -208,6 +140,7 @@ def _set_scale(axes: Axes, chart: Chart) -> None:
         axes.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
     elif chart.unit.startswith("%"):
         axes.set_ylim(-4, 104)
+        axes.set_yticks(range(0, 101, 25))
     else:
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     last = max(step for line in chart.lines for step in line.steps)
@@ -215,6 +148,7 @@ def _set_scale(axes: Axes, chart: Chart) -> None:
 
 
 def _mark_warmups(axes: Axes, chart: Chart) -> None:
+    _make_room(axes, 0.08 * len(chart.warmup_ends))
     for height, (steps, whose) in enumerate(sorted(chart.warmup_ends.items())):
         # Between the last step of the warm-up and the first one after it.
         axes.axvline(steps + 0.5, color=INK, linewidth=0.9, linestyle=(0, (2, 2)))
@@ -228,34 +162,12 @@ def _mark_warmups(axes: Axes, chart: Chart) -> None:
         )
 
 
-def _warmup_ends(runs: Sequence[Findings]) -> dict[int, str]:
-    ends: dict[int, list[str]] = {}
-    for run in runs:
-        if 0 < run.warmup_steps <= max((row["step"] + 1 for row in run.metrics), default=0):
-            ends.setdefault(run.warmup_steps, []).append(run.label)
-    whole = len(ends) == 1 and len(runs) == len(next(iter(ends.values())))
-    return {steps: "" if whole else f" ({', '.join(labels)})" for steps, labels in ends.items()}
-
-
-def _lines(runs: Sequence[Findings], name: str, source: str) -> list[Line]:
-    return list(_lines_with_values(runs, name, source))
-
-
-def _lines_with_values(runs: Sequence[Findings], name: str, source: str) -> Iterator[Line]:
-    for index, run in enumerate(runs):
-        rows = [row for row in getattr(run, source) if name in row]
-        # Without anchors their KL is written as 0, which is no measurement.
-        measured = run.config.anchor.share > 0 or not name.startswith("anchor_")
-        if rows and measured:
-            best = run.best["step"] if source == "validation" else None
-            steps = [row["step"] + 1 for row in rows]
-            yield Line(run.label, index, steps, [row[name] for row in rows], best)
-
-
-def _unit(name: str) -> str:
-    if is_share(name):
-        return "% of rows"
-    return "nats" if name.endswith("_nats") else "mean over rows"
+def _make_room(axes: Axes, share: float) -> None:
+    """Raise the upper end, so that no curve runs through the words above it."""
+    scale = axes.transScale.transform
+    low, high = (scale((1, y))[1] for y in axes.get_ylim())
+    raised = (1, low + (high - low) * (1 + share))
+    axes.set_ylim(top=axes.transScale.inverted().transform(raised)[1])
 
 
 def _no_metadata() -> dict[str, Any]:

@@ -2,35 +2,24 @@
 
 import base64
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from opcd.charts import Chart, charts_of
+from opcd.columns import columns_of, estimate_of, number, suite_tables
 from opcd.errors import InputError
-from opcd.figures import Chart, charts_of, inline_svg, write_figures
+from opcd.exhibits import answer_rows, cost_tables, cost_text, kl_legend, token_rows
+from opcd.figures import inline_svg, write_figures
 from opcd.findings import Findings, read_findings
 from opcd.runs import write_text
-from opcd.tables import is_share
 
 ANSWERS_SHOWN = 1000
-TOKEN_ROWS_SHOWN = 200
-"""Limits of what a browser can scroll; the page says what is left out."""
-KL_EDGES_NATS = (0.01, 0.1, 0.5, 2.0, 8.0)
-"""Where one colour of a token ends and the next begins."""
-COST_TABLES = {
-    "prompt_tokens": "Tokens in a prompt",
-    "prefill": "Reading the prompt",
-    "kv_cache": "Keys and values in memory",
-    "training": "Training",
-    "break_even": "Break-even",
-}
-"""Key in costs.json, heading; other keys follow under their own names."""
+"""More than that, a browser cannot scroll; the page says what is left out."""
 EXPLAINED = {
     "valid": "well-formed, says the grader",
     "correct": "right, says the grader",
@@ -40,15 +29,6 @@ EXPLAINED = {
     "greedy_agreement": "tokens that base and baked both write",
 }
 SIGNIFICANT = 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """One condition of one run; or of all runs, where it is the same in all."""
-
-    label: str
-    run: Findings
-    condition: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,22 +94,6 @@ def render(runs: Sequence[Findings], charts: Sequence[Chart]) -> str:
     )
 
 
-def columns_of(runs: Sequence[Findings]) -> list[Column]:
-    """Each condition once, if all runs agree on its numbers and texts, else for each run."""
-    names = sorted(
-        dict.fromkeys(c for run in runs for c in run.conditions), key=lambda c: c == "baked"
-    )
-    columns: list[Column] = []
-    for condition in names:
-        having = [run for run in runs if condition in run.conditions]
-        same = condition != "baked" and all(_alike(having[0], run, condition) for run in having)
-        if len(runs) == 1 or (same and len(having) == len(runs)):
-            columns.append(Column(condition, having[0], condition))
-        else:
-            columns += [Column(f"{condition} · {run.label}", run, condition) for run in having]
-    return columns
-
-
 def headline_metric(run: Findings) -> str:
     """`correct`, or the first thing that was measured where nothing is graded."""
     names = list(run.summary["suites"]["task"]["baked"])
@@ -138,21 +102,25 @@ def headline_metric(run: Findings) -> str:
 
 def sentences(runs: Sequence[Findings], metric: str) -> list[str]:
     """The result, for someone who reads nothing else."""
+    name = metric.replace("_", " ").capitalize()
     if len(runs) > 1:
         means = {run.label: run.summary["suites"]["task"]["baked"].get(metric) for run in runs}
         found = [f"{label} {number(metric, m['mean'])}" for label, m in means.items() if m]
-        return [f"{metric.replace('_', ' ')} without the context: {', '.join(found)}."]
+        gone = [f"{run.label} {run.summary['context_tokens']:,}" for run in runs]
+        return [
+            f"{name}, baked, without the context: {', '.join(found)}.",
+            f"Context tokens gone from every request: {', '.join(gone)}.",
+        ]
     task, tokens = runs[0].summary["suites"]["task"], runs[0].summary["context_tokens"]
-    told = {name: number(metric, rows[metric]["mean"]) for name, rows in task.items()}
+    told = {c: number(metric, rows[metric]["mean"]) for c, rows in task.items()}
     others = [
-        f"the base model {where} it {told[name]}"
-        for name, where in (("in_context", "with"), ("base", "without"))
-        if name in told
+        f"the base model {where} it {told[condition]}"
+        for condition, where in (("in_context", "with"), ("base", "without"))
+        if condition in told
     ]
     return [
         f"{tokens:,} context tokens are gone from every request.",
-        f"{metric.replace('_', ' ').capitalize()}: the baked model without the context "
-        f"{told['baked']}, {', '.join(others)}.",
+        f"{name}: the baked model without the context {told['baked']}, {', '.join(others)}.",
     ]
 
 
@@ -170,37 +138,6 @@ def facts(runs: Sequence[Findings]) -> list[tuple[str, list[str]]]:
         "seed": lambda run: str(run.summary["seed"]),
     }
     return [(name, [tell(run) for run in runs]) for name, tell in told.items()]
-
-
-def suite_tables(columns: Sequence[Column]) -> list[tuple[str, list[tuple[str, str, list[Any]]]]]:
-    """Each suite's metrics: name, rows, and an estimate or `None` for each column."""
-    suites = dict.fromkeys(name for c in columns for name in c.run.summary["suites"])
-    tables: list[Any] = []
-    for suite in suites:
-        found = [c.run.summary["suites"].get(suite, {}).get(c.condition, {}) for c in columns]
-        rows: list[Any] = []
-        for metric in dict.fromkeys(name for metrics in found for name in metrics):
-            counts = sorted({metrics[metric]["n"] for metrics in found if metric in metrics})
-            n = ", ".join(f"{count:,}" for count in counts)
-            rows.append((metric, n, [estimate_of(c, suite, metric) for c in columns]))
-        tables.append((suite, rows))
-    return tables
-
-
-def estimate_of(column: Column, suite: str, metric: str) -> dict[str, Any] | None:
-    """A metric of a column as texts, with its interval as shares of a bar's width."""
-    found = column.run.summary["suites"].get(suite, {}).get(column.condition, {}).get(metric)
-    if found is None:
-        return None
-    low, high = found["ci95"]
-    interval = f"{100 * low:.0f}, {100 * high:.0f}" if is_share(metric) else f"{low:.3f}, {high:.3f}"
-    bar = (100 * low, 100 * found["mean"], 100 * high) if 0 <= low <= high <= 1 else None
-    return {"mean": number(metric, found["mean"]), "interval": f"[{interval}]", "bar": bar}
-
-
-def number(metric: str, value: float) -> str:
-    """A mean with as many digits as are worth reading."""
-    return f"{100 * value:.1f} %" if is_share(metric) else f"{value:.3f}"
 
 
 def paired_sentences(run: Findings) -> list[str]:
@@ -242,112 +179,6 @@ def totals(runs: Sequence[Findings]) -> list[tuple[str, list[str]]]:
         ),
     }
     return [(name, [tell(run) for run in runs]) for name, tell in told.items()]
-
-
-def cost_tables(costs: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[Any]]]]:
-    """Tables of `costs.json`: heading, column names, rows; whatever the numbers are."""
-    tables: list[tuple[str, list[str], list[list[Any]]]] = []
-    for key in [*(k for k in COST_TABLES if k in costs), *(k for k in costs if k not in COST_TABLES)]:
-        heading, value = COST_TABLES.get(key, key.replace("_", " ")), costs[key]
-        if isinstance(value, Mapping):
-            tables.append((heading, ["", ""], [[name, v] for name, v in value.items()]))
-        elif isinstance(value, list) and all(isinstance(row, Mapping) for row in value):
-            names = list(dict.fromkeys(name for row in value for name in row))
-            tables.append((heading, names, [[row.get(name) for name in names] for row in value]))
-        else:
-            tables.append((heading, ["", ""], [[key, value]]))
-    return tables
-
-
-def cost_text(value: Any) -> str:
-    """A value of `costs.json` as text."""
-    if value is None:
-        return "–"
-    if isinstance(value, bool | str):
-        return str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return json.dumps(value, ensure_ascii=False)
-
-
-def answer_rows(columns: Sequence[Column], runs: Sequence[Findings]) -> list[dict[str, Any]]:
-    """Each task with its answers under all columns, and the filters that it passes."""
-    by_id = [{row["id"]: row for row in column.run.answers} for column in columns]
-    rows: list[dict[str, Any]] = []
-    others = [{row["id"]: row for row in run.answers} for run in runs]
-    for row in runs[0].answers:
-        tags = sorted(set().union(*(_tags(rows_of_run[row["id"]]) for rows_of_run in others)))
-        cells = [
-            (column.label, rows_of_run[row["id"]][column.condition])
-            for column, rows_of_run in zip(columns, by_id, strict=True)
-        ]
-        answer = row.get("answer")
-        expected = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
-        rows.append(
-            {
-                "id": row["id"],
-                "prompt": row["prompt"],
-                "expected": None if answer is None else expected,
-                "tags": " ".join(tags),
-                "cells": cells,
-            }
-        )
-    return rows
-
-
-def token_rows(runs: Sequence[Findings]) -> list[dict[str, Any]]:
-    """Answers whose tokens carry the KL that the context causes there, two lines each."""
-    share = max(1, TOKEN_ROWS_SHOWN // len(runs))
-    return [
-        {
-            "id": row.get("id", ""),
-            "prompt": row.get("prompt", ""),
-            "run": run.label if len(runs) > 1 else "",
-            "lines": [
-                (name, [_token(*pair) for pair in zip(row["tokens"], row[key], strict=True)])
-                for name, key in (("base", "base_kl_nats"), ("baked", "baked_kl_nats"))
-            ],
-        }
-        for run in runs
-        for row in run.token_kl[:share]
-    ]
-
-
-def kl_legend() -> list[tuple[int, str]]:
-    """The colours' levels and what they stand for, in nats."""
-    edges = [f"{edge:g}" for edge in KL_EDGES_NATS]
-    between = [f"{low} to {high}" for low, high in zip(edges, edges[1:], strict=False)]
-    return list(enumerate([f"below {edges[0]}", *between, f"{edges[-1]} and more"]))
-
-
-def _token(text: str, kl_nats: float | None) -> tuple[str, int | str, str]:
-    """What is shown, the level of its colour, and its number."""
-    shown = text.replace("\n", "↵\n") or "∅"
-    if kl_nats is None:
-        return shown, "x", "not finite"
-    return shown, sum(kl_nats >= edge for edge in KL_EDGES_NATS), f"{max(kl_nats, 0):.3f}"
-
-
-def _tags(row: Mapping[str, Any]) -> set[str]:
-    baked, tags = row["baked"], set[str]()
-    if "in_context" in row and baked["text"] != row["in_context"]["text"]:
-        tags.add("differs")
-    if baked.get("correct", 1) < 1:
-        tags.add("wrong")
-    elif row.get("base", {}).get("correct", 1) < 1:
-        tags.add("fixed")
-    return tags
-
-
-def _alike(first: Findings, second: Findings, condition: str) -> bool:
-    suites = [
-        {name: suite.get(condition) for name, suite in run.summary["suites"].items()}
-        for run in (first, second)
-    ]
-    texts = [{row["id"]: row[condition] for row in run.answers} for run in (first, second)]
-    return suites[0] == suites[1] and texts[0] == texts[1]
 
 
 def _sha256(text: str) -> str:
