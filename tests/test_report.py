@@ -94,7 +94,7 @@ def test_a_difference_is_named_as_more_than_chance_only_if_it_is(tmp_path: Path)
     paired = [{"suite": "task", "test": "McNemar, exact"} | test for test in tests]
     text = page_of(measured_run(tmp_path / "desk", paired=paired)).text
     assert "50.0 points below base in correct: more than chance explains (p < 0.001" in text
-    assert "10.0 points above base in correct: chance alone explains it" in text
+    assert "10.0 points above base in correct: chance alone could explain it" in text
     assert "baked is level with base" in text
 
 
@@ -222,6 +222,20 @@ def test_a_refused_comparison_writes_nothing(tmp_path: Path) -> None:
         write_report(runs, tmp_path / "both.html", tmp_path / "figures")
     assert not (tmp_path / "both.html").exists()
     assert not (tmp_path / "figures").exists()
+
+
+def test_a_file_in_the_place_of_the_figures_leaves_no_page(tmp_path: Path) -> None:
+    run = measured_run(tmp_path / "desk")
+    (tmp_path / "figures").write_text("mine")
+    with pytest.raises(InputError, match="is a file"):
+        write_report([run], None, tmp_path / "figures")
+    assert not (run / "report.html").exists()
+
+
+def test_what_is_no_run_is_said_to_be_none(tmp_path: Path) -> None:
+    """Not that its report could not be written there."""
+    with pytest.raises(InputError, match="is not a run"):
+        write_report([tmp_path / "nowhere"], None, None)
 
 
 def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:

@@ -46,16 +46,14 @@ def write_report(paths: Sequence[Path], out: Path | None, figures: Path | None) 
     Raises:
         InputError: a run cannot be reported, or a target cannot be written.
     """
-    file = out or (paths[0] / "report.html" if len(paths) == 1 else Path("report.html"))
-    if file.suffix not in (".html", ".htm"):
-        raise InputError(f"--out {file} does not end in .html, so it may be another file; add it")
-    if file.is_dir() or not file.parent.is_dir():
-        raise InputError(f"--out {file}: its folder is not there, or it is a folder; name a file")
+    if out:
+        _check_target(out)
     runs = read_findings(paths)
+    file = out or (paths[0] / "report.html" if len(paths) == 1 else Path("report.html"))
     charts = charts_of(runs)
     html = render(runs, charts)
-    write_text(file, html)
     written = write_figures(charts, figures) if figures else []
+    write_text(file, html)
     return Report(file, len(html.encode()), written)
 
 
@@ -148,7 +146,7 @@ def paired_sentences(run: Findings) -> list[str]:
         chance = (
             "more than chance explains"
             if test["p"] < SIGNIFICANT
-            else "chance alone explains it well enough"
+            else "chance alone could explain it"
         )
         p = "p < 0.001" if test["p"] < 0.001 else f"p = {test['p']:.2g}"
         where = "above" if points > 0 else "below"
@@ -179,6 +177,13 @@ def totals(runs: Sequence[Findings]) -> list[tuple[str, list[str]]]:
         ),
     }
     return [(name, [tell(run) for run in runs]) for name, tell in told.items()]
+
+
+def _check_target(file: Path) -> None:
+    if file.suffix not in (".html", ".htm"):
+        raise InputError(f"--out {file} does not end in .html, so it may be another file; add it")
+    if file.is_dir() or not file.parent.is_dir():
+        raise InputError(f"--out {file}: its folder is not there, or it is a folder; name a file")
 
 
 def _sha256(text: str) -> str:
