@@ -46,6 +46,12 @@ FLOORS = (
         "checking",
         "showing",
         "tables",
+        "findings",
+        "columns",
+        "exhibits",
+        "charts",
+        "figures",
+        "report",
     ),
     ("cli", ""),
 )
@@ -187,12 +193,13 @@ def test_help_needs_no_torch() -> None:
         "sys.argv = ['opcd', '--help']\n"
         "try: main()\n"
         "except SystemExit as done: assert not done.code, done.code\n"
-        "heavy = {'torch', 'transformers', 'datasets', 'peft', 'accelerate'}\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'peft', 'accelerate', 'matplotlib'}\n"
         "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()\n"
     )
     done = run_python(code)
     assert (done.returncode, done.stderr) == (0, "")
-    assert all(verb in done.stdout for verb in ("check", "train", "evaluate", "sample", "export"))
+    verbs = ("check", "train", "evaluate", "sample", "export", "report")
+    assert all(verb in done.stdout for verb in verbs)
 
 
 @pytest.mark.parametrize("module", TREES)

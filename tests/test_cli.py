@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from measured import measured_run
 from opcd import cli
 from worlds import write_jsonl, write_run
 
@@ -38,10 +39,10 @@ def opcd(
 def test_help_names_the_verbs(opcd: Opcd) -> None:
     code, out, _ = opcd("--help")
     assert code == 0
-    assert all(verb in out for verb in ("check", "train", "evaluate", "sample", "export"))
+    assert all(verb in out for verb in ("check", "train", "evaluate", "sample", "export", "report"))
 
 
-@pytest.mark.parametrize("verb", ["check", "train", "evaluate", "sample", "export"])
+@pytest.mark.parametrize("verb", ["check", "train", "evaluate", "sample", "export", "report"])
 def test_every_verb_explains_itself(opcd: Opcd, verb: str) -> None:
     code, out, _ = opcd(verb, "--help")
     assert code == 0
@@ -123,7 +124,7 @@ def test_a_missing_file_ends_with_2(opcd: Opcd, verb: str) -> None:
     assert "ConfigError: 'none.toml': there is no such file" in err
 
 
-@pytest.mark.parametrize("verb", [["evaluate"], ["sample", "hi"], ["export", "there"]])
+@pytest.mark.parametrize("verb", [["evaluate"], ["sample", "hi"], ["export", "there"], ["report"]])
 def test_what_is_no_run_ends_with_2(opcd: Opcd, tmp_path: Path, verb: list[str]) -> None:
     code, _, err = opcd(verb[0], tmp_path, *verb[1:])
     assert code == 2
@@ -177,6 +178,24 @@ def test_a_class_may_be_selected_by_if_the_rows_that_validate_have_it(
     assert opcd("check", path, *wanted)[0] == 0
     code, _, err = opcd("check", path, *wanted, "evaluation.validation_rows=1")
     assert (code, "'correct_no' is no metric of the grader" in err) == (2, True)
+
+
+def test_report_says_what_it_wrote(opcd: Opcd, tmp_path: Path) -> None:
+    runs = [measured_run(tmp_path / name) for name in ("a", "b")]
+    code, out, err = opcd("report", *runs, "--out", "both.html", "--figures", "curves")
+    assert (code, err) == (0, "")
+    assert "both.html: 0." in out
+    assert "curves: 14 files of figures" in out
+    assert (tmp_path / "both.html").is_file()
+    assert len(list((tmp_path / "curves").iterdir())) == 14
+
+
+def test_a_run_that_was_not_measured_is_not_reported(opcd: Opcd, tmp_path: Path) -> None:
+    run = measured_run(tmp_path / "a")
+    (run / "evaluation.json").unlink()
+    code, out, err = opcd("report", run)
+    assert (code, out) == (2, "")
+    assert f"run opcd evaluate {run}" in err
 
 
 def test_an_unknown_verb_ends_with_2(opcd: Opcd) -> None:

@@ -14,8 +14,8 @@ from opcd import checkpoint
 from opcd.config import Run, load_config
 from opcd.config.training import Checkpoint, Loss, TopK, Tracking
 from opcd.errors import CheckpointError, ConfigError, RunFolderError
-from opcd.runs import RunFolder, append_jsonl, open_run, read_jsonl
-from opcd.training import Outcome, is_better, read_best, train
+from opcd.runs import RunFolder, append_jsonl, open_run, read_best, read_jsonl
+from opcd.training import Outcome, is_better, train
 from tiny import at_step, make_run, terminate
 
 STEPS = 6

@@ -180,3 +180,24 @@ def export(
 
     agreed = export_run(run, folder)
     console.print(f"{folder}: the exported model gave the same greedy answers to {agreed} prompts")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Measured runs.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(help="The HTML file; default: report.html in the run's folder.")
+    ] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Also write the curves here, as PNG and SVG files.")
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page about one run, or several compared."""
+    from opcd.report import write_report
+
+    written = write_report(runs, out, figures)
+    size = f"{written.size_bytes / 1e6:.2f} MB"
+    console.print(f"{written.file}: {size}, needs no network", markup=False, highlight=False)
+    if figures:
+        count = len(written.figures)
+        console.print(f"{figures}: {count} files of figures", markup=False, highlight=False)

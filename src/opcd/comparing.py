@@ -14,8 +14,8 @@ from opcd.config import Run, derive, differences
 from opcd.errors import RunFolderError
 from opcd.intervals import mcnemar
 from opcd.programs import evaluate_run, read_evaluation
-from opcd.runs import RunFolder, open_run, read_jsonl, write_json
-from opcd.training import FREE_TO_CHANGE, read_best, train
+from opcd.runs import RunFolder, open_run, read_best, read_jsonl, write_json
+from opcd.training import FREE_TO_CHANGE, train
 
 Say = Callable[[str], object]
 

@@ -14,9 +14,7 @@ from opcd.config.training import Loss
 from opcd.intervals import estimate, mcnemar
 from opcd.responses import Response, by_metric, by_row, mean, respond, rows_of, score, score_base
 from opcd.suites import measure_suites
-from opcd.types import Condition
-
-CONDITIONS: tuple[Condition, ...] = ("base", "in_context", "baked")
+from opcd.types import CONDITIONS, Condition
 
 TOKEN_ROWS = 24
 """Answers whose tokens are shown one by one."""

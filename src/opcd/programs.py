@@ -12,8 +12,14 @@ from opcd.errors import ContextError, RunFolderError
 from opcd.evaluation import CONDITIONS, Evaluation, evaluate
 from opcd.gap import measure_gap
 from opcd.responses import respond
-from opcd.runs import RunFolder, append_jsonl, open_run, read_jsonl, write_json
-from opcd.training import read_best
+from opcd.runs import (
+    RunFolder,
+    append_jsonl,
+    open_run,
+    read_best,
+    read_jsonl,
+    write_json,
+)
 from opcd.types import Context, Message, Task
 
 

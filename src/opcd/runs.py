@@ -13,6 +13,7 @@ runs/NAME/
   answers.jsonl      every graded answer of that measurement
   token_kl.jsonl     some of its answers, with what the context changes at each token
   comparison.json    the same rows beside those of other ways to train
+  costs.json         what the context costs and baking saved
 """
 
 import json
@@ -94,6 +95,11 @@ class RunFolder:
         """Some of its answers, with what the context changes at each token."""
         return self.path / "token_kl.jsonl"
 
+    @property
+    def costs(self) -> Path:
+        """What the context costs and baking saved."""
+        return self.path / "costs.json"
+
 
 def create_run(config: Run, overwrite: bool = False) -> RunFolder:
     """Make the folder of a new run; what was found out before training stays in it.
@@ -146,6 +152,20 @@ def open_run(path: str | Path) -> tuple[RunFolder, Run]:
             f"{folder.path} is not a run: it has no config.json; give a folder that opcd train made"
         )
     return folder, load_config(folder.config)
+
+
+def read_best(folder: RunFolder) -> dict[str, Any]:
+    """Which step `best/` holds, and why.
+
+    Raises:
+        RunFolderError: the run has not come so far.
+    """
+    file = folder.best / "best.json"
+    if not file.is_file():
+        raise RunFolderError(
+            f"{folder.path} has no best/ yet; train it to its first validation with opcd train"
+        )
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from opcd.evaluation import CONDITIONS
+from opcd.types import CONDITIONS
 
 SHARES = (
     "valid",
@@ -18,6 +18,11 @@ SHARES = (
     "talk",
 )
 """Metrics that read best as percentages."""
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric reads best as a percentage."""
+    return metric in SHARES or metric.startswith("correct_")
 
 
 def results_table(summary: Mapping[str, Any]) -> Table:
@@ -114,18 +119,14 @@ def _suites_table(title: str, suites: Mapping[str, Any], conditions: Sequence[st
 
 
 def _number(metric: str, value: float) -> str:
-    return f"{100 * value:.1f} %" if _is_share(metric) else f"{value:.3f}"
-
-
-def _is_share(metric: str) -> bool:
-    return metric in SHARES or metric.startswith("correct_")
+    return f"{100 * value:.1f} %" if is_share(metric) else f"{value:.3f}"
 
 
 def _cell(metric: str, found: Mapping[str, Any] | None) -> str:
     if found is None:
         return ""
     mean, (low, high) = found["mean"], found["ci95"]
-    if _is_share(metric):
+    if is_share(metric):
         return f"{100 * mean:.1f} % [{100 * low:.0f}, {100 * high:.0f}]"
     return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 

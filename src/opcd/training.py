@@ -3,7 +3,6 @@
 Drives `opcd.distill`: validates, keeps the best weights, writes checkpoints, stops when asked to.
 """
 
-import json
 import math
 import shutil
 import signal
@@ -290,17 +289,3 @@ def _keep_weights(parts: Parts, target: Path, found: dict[str, Any]) -> None:
         ) from error
     shutil.rmtree(target, ignore_errors=True)
     draft.rename(target)
-
-
-def read_best(folder: RunFolder) -> dict[str, Any]:
-    """Which step `best/` holds, and why.
-
-    Raises:
-        RunFolderError: the run has not come so far.
-    """
-    file = folder.best / "best.json"
-    if not file.is_file():
-        raise RunFolderError(
-            f"{folder.path} has no best/ yet; train it to its first validation with opcd train"
-        )
-    return json.loads(file.read_text(encoding="utf-8"))

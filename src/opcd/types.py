@@ -19,6 +19,8 @@ Role = Literal["system", "user", "assistant"]
 Origin = Literal["task", "anchor", "context_return"]
 Condition = Literal["base", "in_context", "baked", "baked_in_context"]
 
+CONDITIONS: tuple[Condition, ...] = ("base", "in_context", "baked")
+
 
 @dataclass(frozen=True, slots=True)
 class Message:
