@@ -9,6 +9,7 @@ runs/NAME/
   best/              the weights chosen on validation
   evaluation.json    what was measured on the test split
   answers.jsonl      every graded answer of that measurement
+  costs.json         what the context costs a request, what training cost
 """
 
 import json
@@ -69,6 +70,11 @@ class RunFolder:
     def answers(self) -> Path:
         """Every graded answer of that measurement."""
         return self.path / "answers.jsonl"
+
+    @property
+    def costs(self) -> Path:
+        """What the context costs a request, and what training cost."""
+        return self.path / "costs.json"
 
 
 def create_run(config: Run, overwrite: bool = False) -> RunFolder:
