@@ -17,7 +17,7 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "support_desk" / "run.toml"
 
 FLOORS = (
     ("errors", "types", "config", "config.*"),
-    ("targets", "tasks", "contexts", "graders", "rendering", "anchors", "intervals"),
+    ("targets", "tasks", "contexts", "graders", "rendering", "anchors", "intervals", "costs"),
     ("divergence", "batching", "chunking"),
     ("weights", "adapters", "models", "prefix_cache", "teachers", "rollouts", "rollouts.*"),
     ("runs", "checkpoint", "tracking", "tally"),
@@ -27,10 +27,16 @@ FLOORS = (
         "evaluation",
         "training",
         "programs",
+        "timing",
+        "soft_prompt",
+        "compressing",
+        "alternatives",
+        "costing",
         "exporting",
         "checking",
         "showing",
         "tables",
+        "cost_tables",
     ),
     ("cli", ""),
 )
@@ -177,7 +183,9 @@ def test_help_needs_no_torch() -> None:
     )
     done = run_python(code)
     assert (done.returncode, done.stderr) == (0, "")
-    assert all(verb in done.stdout for verb in ("check", "train", "evaluate", "sample", "export"))
+    assert all(
+        verb in done.stdout for verb in ("check", "train", "evaluate", "sample", "costs", "export")
+    )
 
 
 @pytest.mark.parametrize("module", TREES)

@@ -38,10 +38,10 @@ def opcd(
 def test_help_names_the_verbs(opcd: Opcd) -> None:
     code, out, _ = opcd("--help")
     assert code == 0
-    assert all(verb in out for verb in ("check", "train", "evaluate", "sample", "export"))
+    assert all(verb in out for verb in ("check", "train", "evaluate", "sample", "costs", "export"))
 
 
-@pytest.mark.parametrize("verb", ["check", "train", "evaluate", "sample", "export"])
+@pytest.mark.parametrize("verb", ["check", "train", "evaluate", "sample", "costs", "export"])
 def test_every_verb_explains_itself(opcd: Opcd, verb: str) -> None:
     code, out, _ = opcd(verb, "--help")
     assert code == 0
@@ -123,7 +123,7 @@ def test_a_missing_file_ends_with_2(opcd: Opcd, verb: str) -> None:
     assert "ConfigError: 'none.toml': there is no such file" in err
 
 
-@pytest.mark.parametrize("verb", [["evaluate"], ["sample", "hi"], ["export", "there"]])
+@pytest.mark.parametrize("verb", [["evaluate"], ["sample", "hi"], ["costs"], ["export", "there"]])
 def test_what_is_no_run_ends_with_2(opcd: Opcd, tmp_path: Path, verb: list[str]) -> None:
     code, _, err = opcd(verb[0], tmp_path, *verb[1:])
     assert code == 2

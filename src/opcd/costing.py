@@ -8,6 +8,7 @@ from typing import Any
 
 from opcd import weights
 from opcd.adapters import merged_weights, share_frozen
+from opcd.alternatives import Alternatives, measure_alternatives
 from opcd.assembly import Item, Parts
 from opcd.costs import (
     KvShape,
@@ -28,10 +29,14 @@ from opcd.prefix_cache import read_prefix
 from opcd.programs import open_baked, read_evaluation
 from opcd.rendering import common_prefix
 from opcd.rollouts.hf import MIN_PREFIX_TOKENS
-from opcd.runs import RunFolder, read_jsonl, write_json
+from opcd.runs import RunFolder, open_run, read_jsonl, write_json
 from opcd.timing import REPETITIONS, Served, describe_machine, time_conditions
+from opcd.training import read_best
 
 Row = dict[str, Any]
+NO_ALTERNATIVES = Alternatives()
+BUSY = 2.0
+"""A slowest repetition this many times the median says that the machine did other things."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,20 +53,30 @@ class Sharing:
         return 0 if self.why_not else len(self.ids)
 
 
-def cost_run(path: Path, prices: Prices, batch_sizes: Sequence[int]) -> Row:
+def cost_run(
+    path: Path,
+    prices: Prices,
+    batch_sizes: Sequence[int],
+    alternatives: Alternatives = NO_ALTERNATIVES,
+) -> Row:
     """Measure what a run's context costs, and write it to `costs.json`.
 
     Args:
         path: the run's folder.
         prices: with which to compute the break-even.
         batch_sizes: requests answered together, when times are taken.
+        alternatives: what else to measure on the test rows.
 
     Raises:
-        InputError: the path is no run, or lacks best weights, metrics or a test split.
+        InputError: the path is no run, or lacks best weights, metrics or a test split; or what
+            an alternative takes is missing.
     """
-    folder, parts, _ = open_baked(path)
+    alternatives.check()
+    folder, _ = open_run(path)
+    read_best(folder)
+    metrics = read_metrics(folder)
+    _, parts, _ = open_baked(path)
     items = rows_of(parts, "test", parts.config.evaluation.test_rows)
-    metrics = _read_metrics(folder)
     base, baked = plain_models(parts)
     sharing = find_sharing(base, items)
     requests = mean_requests(items, sharing, response_tokens(path, metrics))
@@ -77,6 +92,12 @@ def cost_run(path: Path, prices: Prices, batch_sizes: Sequence[int]) -> Row:
         "break_even": break_even(prices, requests, training[-1]["wall_s"]),
     }
     found["notes"] = [{"about": k, "note": v} for k, v in notes(prices, base, sharing, parts)]
+    found["notes"] += _busy(found["prefill"])
+    if alternatives.any:
+        found["alternatives"] = measure_alternatives(parts, base, items, alternatives)
+    reason = why_no_prefix(base)
+    if alternatives.soft_prompt and reason:
+        found["notes"].append({"about": "alternatives", "note": f"no soft prompt: {reason}"})
     write_json(folder.costs, found)
     return found
 
@@ -162,9 +183,7 @@ def count_training(parts: Parts, metrics: Sequence[Row]) -> list[Row]:
     return training_rows(steps, metrics, parts.teacher.prefix_tokens, anchor_tokens)
 
 
-def notes(
-    prices: Prices, model: Any, sharing: Sharing, parts: Parts
-) -> list[tuple[str, str]]:
+def notes(prices: Prices, model: Any, sharing: Sharing, parts: Parts) -> list[tuple[str, str]]:
     """What the figures are about, and what is left out of them."""
     machine = describe_machine(model)
     found = [
@@ -191,7 +210,12 @@ def notes(
     return found
 
 
-def _read_metrics(folder: RunFolder) -> list[Row]:
+def read_metrics(folder: RunFolder) -> list[Row]:
+    """What each training step reported.
+
+    Raises:
+        RunFolderError: nothing is there.
+    """
     metrics = list(read_jsonl(folder.metrics))
     if not metrics:
         raise RunFolderError(
@@ -199,3 +223,16 @@ def _read_metrics(folder: RunFolder) -> list[Row]:
             "known; give a folder as opcd train left it"
         )
     return metrics
+
+
+def _busy(rows: Sequence[Row]) -> list[Row]:
+    unsteady = sum(row["prefill_wall_s_highest"] > BUSY * row["prefill_wall_s"] for row in rows)
+    if not unsteady:
+        return []
+    return [
+        {
+            "about": "prefill",
+            "note": f"in {unsteady} of {len(rows)} rows the slowest repetition took more than "
+            f"{BUSY:g} x the median: the machine was busy with something else, measure again",
+        }
+    ]
