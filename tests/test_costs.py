@@ -29,6 +29,8 @@ CACHED = Request(Fraction(1100), Fraction(20), shared_tokens=1000)
 BAKED = Request(Fraction(100), Fraction(20))
 REQUESTS = {"in_context": IN_CONTEXT, "in_context_cached": CACHED, "baked": BAKED}
 
+ABOVE_0 = st.fractions(min_value=Fraction(1, 100))
+
 
 def pair(student: int, teacher: int, origin: Origin = "task") -> PromptPair:
     return PromptPair("x", (7,) * student, (7,) * teacher, origin)
