@@ -143,6 +143,7 @@ def test_the_length_of_answers_is_the_measured_one(
     prompt = found["prompt_tokens"]
     extra = before["baked"] - prompt["without_context_tokens"]
     assert before["in_context"] - prompt["with_context_tokens"] == pytest.approx(extra)
+    assert any("opcd evaluate measures them" in note["note"] for note in found["notes"])
     copy = tmp_path / "run"
     shutil.copytree(path, copy)
     task = evaluate_run(copy).summary["suites"]["task"]
@@ -176,6 +177,22 @@ def test_alternatives_stand_beside_the_conditions(path: Path, tmp_path: Path) ->
     for row in rows.values():
         low, high = row["correct_lowest"], row["correct_highest"]
         assert low - 1e-9 <= row["correct"] <= high + 1e-9
+
+
+def test_what_is_measured_stays_when_an_alternative_fails(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(path, copy)
+    (copy / "costs.json").unlink(missing_ok=True)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("opcd.costing.measure_alternatives", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        cost_run(copy, Prices(), [1], Alternatives(True, 1))
+    assert json.loads((copy / "costs.json").read_text("utf-8"))["prefill"]
 
 
 @pytest.mark.parametrize(

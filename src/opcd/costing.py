@@ -84,6 +84,9 @@ def cost_run(
     prompt = prompt_figures([item.pair for item in items], len(sharing.ids))
     served = serve(base, baked, items, sharing)
     tokens = parts.config.rollout.max_new_tokens
+    said = notes(prices, base, sharing, parts)
+    if read_evaluation(path, "test") is None:
+        said.append(("kv_cache", "answers are as long as in training; opcd evaluate measures them"))
     found: Row = {
         "prompt_tokens": prompt,
         "prefill": time_conditions(served, batch_sizes, tokens),
@@ -91,14 +94,15 @@ def cost_run(
         "training": training,
         "break_even": break_even(prices, requests, training[-1]["wall_s"]),
     }
-    found["notes"] = [{"about": k, "note": v} for k, v in notes(prices, base, sharing, parts)]
+    found["notes"] = [{"about": k, "note": v} for k, v in said]
     found["notes"] += _busy(found["prefill"])
+    # Alternatives take minutes; what is measured by now stays if they are interrupted.
+    write_json(folder.costs, found)
     if alternatives.any:
         found["alternatives"] = measure_alternatives(parts, base, items, alternatives)
-    reason = why_no_prefix(base)
-    if alternatives.soft_prompt and reason:
-        found["notes"].append({"about": "alternatives", "note": f"no soft prompt: {reason}"})
-    write_json(folder.costs, found)
+        if alternatives.soft_prompt and (reason := why_no_prefix(base)):
+            found["notes"].append({"about": "alternatives", "note": f"no soft prompt: {reason}"})
+        write_json(folder.costs, found)
     return found
 
 
@@ -177,7 +181,11 @@ def kv_shape(model: Any) -> KvShape:
 
 
 def count_training(parts: Parts, metrics: Sequence[Row]) -> list[Row]:
-    """Tokens and seconds of the steps that were done; their prompts are drawn once more."""
+    """Tokens and seconds of the steps that were done; their prompts are drawn once more.
+
+    As one process draws them: several, whose shares are rounded apart, may have had the teacher
+    answer a prompt more or less.
+    """
     steps = [StepPrompts(*draw_pairs(parts, row["step"])) for row in metrics]
     anchor_tokens = parts.config.anchor.max_new_tokens
     return training_rows(steps, metrics, parts.teacher.prefix_tokens, anchor_tokens)
@@ -191,7 +199,9 @@ def notes(prices: Prices, model: Any, sharing: Sharing, parts: Parts) -> list[tu
         (
             "training",
             "prompts and tasks' responses are counted, anchors' responses are at most so many; "
-            "loading, validation and checkpoints are in neither tokens nor seconds",
+            "where student and teacher shared the tasks of a step, its response tokens are "
+            "divided by their numbers of tasks, an estimate; loading, validation "
+            "and checkpoints are in neither tokens nor seconds",
         ),
     ]
     if sharing.why_not:
