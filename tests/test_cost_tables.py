@@ -31,6 +31,12 @@ def test_shares_counts_and_what_is_not_known() -> None:
     assert "None" not in found
 
 
+def test_shared_tokens_are_no_share_and_words_are_no_markup() -> None:
+    found = text_of(figures_table("x", [{"part": "[a] part", "shared_tokens": 478}]))
+    assert "478" in found and "%" not in found
+    assert "[a] part" in found
+
+
 def test_rows_with_other_columns_stand_in_one_table() -> None:
     found = text_of(figures_table("x", [{"a": 1}, {"a": 2, "only_here": 3}]))
     assert "only here" in found and "3" in found

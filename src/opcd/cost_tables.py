@@ -3,19 +3,20 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 TITLES = {
     "prompt_tokens": "prompt tokens of a request, mean of the test rows",
-    "prefill": "times on this machine, median [lowest, highest]",
+    "prefill": "times on this machine, median and range",
     "kv_cache": "keys and values at the end of a request",
     "training": "training",
     "break_even": "break-even, in the currency of the prices",
     "alternatives": "other ways to shorten the prompt, on the same test rows",
 }
 """Section of `costs.json` -> the title of its table."""
-SHARES = ("share", "valid", "correct", "agreement", "truncated")
-"""Beginnings and ends of figures that read best as percentages."""
+SHARES = ("valid", "correct", "agreement", "truncated")
+"""Beginnings of figures that read best as percentages, as does what ends with `_share`."""
 
 
 def costs_tables(found: Mapping[str, Any]) -> list[Table]:
@@ -60,8 +61,8 @@ def _figure(name: str, value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, str):
-        return value
-    if name.startswith(SHARES) or name.endswith(SHARES):
+        return escape(value)
+    if name.startswith(SHARES) or name.endswith("_share"):
         return f"{100 * value:.1f} %"
     if isinstance(value, int):
         return f"{value:,}"
