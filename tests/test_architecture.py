@@ -28,6 +28,7 @@ FLOORS = (
         "anchors",
         "intervals",
         "other_contexts",
+        "costs",
     ),
     ("divergence", "batching", "chunking"),
     ("weights", "adapters", "models", "prefix_cache", "teachers", "rollouts", "rollouts.*"),
@@ -42,6 +43,11 @@ FLOORS = (
         "training",
         "programs",
         "comparing",
+        "timing",
+        "soft_prompt",
+        "compressing",
+        "alternatives",
+        "costing",
         "exporting",
         "checking",
         "showing",
@@ -52,6 +58,7 @@ FLOORS = (
         "charts",
         "figures",
         "report",
+        "cost_tables",
     ),
     ("cli", ""),
 )
@@ -198,7 +205,7 @@ def test_help_needs_no_torch() -> None:
     )
     done = run_python(code)
     assert (done.returncode, done.stderr) == (0, "")
-    verbs = ("check", "train", "evaluate", "sample", "export", "report")
+    verbs = ("check", "gap", "train", "evaluate", "compare", "search", "sample", "costs", "report")
     assert all(verb in done.stdout for verb in verbs)
 
 

@@ -1,5 +1,6 @@
 """The command line: what it prints, and with which code it ends."""
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,13 +37,27 @@ def opcd(
     return run
 
 
+VERBS = (
+    "check",
+    "gap",
+    "train",
+    "evaluate",
+    "compare",
+    "search",
+    "sample",
+    "costs",
+    "export",
+    "report",
+)
+
+
 def test_help_names_the_verbs(opcd: Opcd) -> None:
     code, out, _ = opcd("--help")
     assert code == 0
-    assert all(verb in out for verb in ("check", "train", "evaluate", "sample", "export", "report"))
+    assert all(verb in out for verb in VERBS)
 
 
-@pytest.mark.parametrize("verb", ["check", "train", "evaluate", "sample", "export", "report"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_explains_itself(opcd: Opcd, verb: str) -> None:
     code, out, _ = opcd(verb, "--help")
     assert code == 0
@@ -124,7 +139,9 @@ def test_a_missing_file_ends_with_2(opcd: Opcd, verb: str) -> None:
     assert "ConfigError: 'none.toml': there is no such file" in err
 
 
-@pytest.mark.parametrize("verb", [["evaluate"], ["sample", "hi"], ["export", "there"], ["report"]])
+@pytest.mark.parametrize(
+    "verb", [["evaluate"], ["sample", "hi"], ["costs"], ["export", "there"], ["report"]]
+)
 def test_what_is_no_run_ends_with_2(opcd: Opcd, tmp_path: Path, verb: list[str]) -> None:
     code, _, err = opcd(verb[0], tmp_path, *verb[1:])
     assert code == 2
@@ -142,6 +159,44 @@ def test_an_existing_run_is_left_alone(opcd: Opcd, tmp_path: Path) -> None:
     assert "RunFolderError: runs/desk exists" in err
     assert "--overwrite" in err
     assert earlier.read_text() == "results"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--input-price", "0"], "CostsError: --input-price 0: where input costs nothing"),
+        (["--training-price", "-2"], "CostsError: --training-price -2: a price is a number above"),
+        (["--cached-price", "nan"], "CostsError: --cached-price nan: a price is a number above 0"),
+        (["--batch-sizes", "1,0"], "CostsError: --batch-sizes '1,0': '0' is no batch size"),
+        (["--soft-prompt-steps", "3"], "no soft prompt is trained without --alternatives"),
+    ],
+)
+def test_costs_refuses_options_before_it_looks_at_the_run(
+    opcd: Opcd, options: list[str], message: str
+) -> None:
+    code, out, err = opcd("costs", "none", *options)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_costs_prints_tables_or_json(opcd: Opcd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options arrive at the price that they name."""
+    from opcd import costing
+
+    seen: list[object] = []
+
+    def cost_run(*arguments: object) -> dict[str, object]:
+        seen.extend(arguments[:3])
+        return {"prompt_tokens": {"rows": 3}, "notes": [{"about": "run", "note": "[a] note"}]}
+
+    monkeypatch.setattr(costing, "cost_run", cost_run)
+    prices = ("--input-price", "1", "--output-price", "2", "--cached-price", "3")
+    code, out, _ = opcd("costs", "there", *prices, "--training-price", "4", "--batch-sizes", "2,8")
+    assert code == 0
+    assert "run: [a] note" in out and "rows" in out
+    assert seen == [Path("there"), costing.Prices(1.0, 2.0, 3.0, 4.0), (2, 8)]
+    code, out, _ = opcd("costs", "there", "--json")
+    assert (code, json.loads(out)["prompt_tokens"]) == (0, {"rows": 3})
 
 
 def test_messages_are_not_read_as_markup(opcd: Opcd, tmp_path: Path) -> None:

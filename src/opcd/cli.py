@@ -171,6 +171,53 @@ def sample(
 
 
 @app.command()
+def costs(  # noqa: PLR0913, PLR0917 - an option each
+    run: RunPath,
+    input_price: Annotated[
+        float | None, typer.Option(help="Price of a million input tokens.")
+    ] = None,
+    output_price: Annotated[
+        float | None, typer.Option(help="Price of a million output tokens.")
+    ] = None,
+    cached_price: Annotated[
+        float | None, typer.Option(help="Price of a million cached input tokens.")
+    ] = None,
+    training_price: Annotated[
+        float | None, typer.Option(help="Price of an hour of training.")
+    ] = None,
+    batch_sizes: Annotated[str, typer.Option(help="Requests answered together.")] = "1,4,16",
+    alternatives: Annotated[
+        bool, typer.Option(help="Train a soft prompt too; takes minutes.")
+    ] = False,
+    soft_prompt_steps: Annotated[
+        int | None, typer.Option(help="Its steps; default: the run's.")
+    ] = None,
+    compress_rate: Annotated[
+        float | None, typer.Option(help="LLMLingua's share of tokens to keep.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print costs.json only.")] = False,
+) -> None:
+    """Measure what the context costs a request, and when baking has paid for itself."""
+    from opcd.costs import Prices, read_batch_sizes
+
+    prices = Prices(input_price, output_price, cached_price, training_price)
+    sizes = read_batch_sizes(batch_sizes)
+    from opcd.alternatives import Alternatives
+    from opcd.cost_tables import costs_tables, notes_lines
+    from opcd.costing import cost_run
+
+    others = Alternatives(alternatives, soft_prompt_steps, compress_rate)
+    found = cost_run(run, prices, sizes, others)
+    if as_json:
+        console.print_json(data=found)
+        return
+    for table in costs_tables(found):
+        console.print(table)
+    for line in notes_lines(found):
+        console.print(line, markup=False, highlight=False)
+
+
+@app.command()
 def export(
     run: RunPath,
     folder: Annotated[Path, typer.Argument(help="Where to write it.", show_default=False)],

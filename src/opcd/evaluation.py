@@ -106,8 +106,8 @@ def token_kl(parts: Parts, responses: Sequence[Response]) -> list[dict[str, Any]
 
 
 def task_suite(
-    responses: Mapping[Condition, Sequence[Response]],
-    kl_nats: Mapping[Condition, Sequence[float]],
+    responses: Mapping[str, Sequence[Response]],
+    kl_nats: Mapping[str, Sequence[float]],
 ) -> dict[str, Any]:
     """Each condition's metrics, agreement with `in_context`, length and KL to the teacher.
 

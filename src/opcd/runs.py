@@ -13,7 +13,7 @@ runs/NAME/
   answers.jsonl      every graded answer of that measurement
   token_kl.jsonl     some of its answers, with what the context changes at each token
   comparison.json    the same rows beside those of other ways to train
-  costs.json         what the context costs and baking saved
+  costs.json         what the context costs a request, what training cost
 """
 
 import json
@@ -97,7 +97,7 @@ class RunFolder:
 
     @property
     def costs(self) -> Path:
-        """What the context costs and baking saved."""
+        """What the context costs a request, and what training cost."""
         return self.path / "costs.json"
 
 

@@ -133,14 +133,14 @@ class HFEngine:
     ) -> list[Rollout]:
         cut = prefix.tokens if prefix else 0
         plain = causal_model(self._model)
-        ids_BS, mask_BS = _pad_left([prompt.ids[cut:] for prompt in prompts], plain.device)
+        ids_BS, mask_BS = pad_left([prompt.ids[cut:] for prompt in prompts], plain.device)
         most = max(prompt.max_new_tokens for prompt in prompts)
         uniforms_BT = torch.stack([sampling.uniforms(prompt, most) for prompt in prompts])
         responses: list[list[int]] = [[] for _ in prompts]
         active = list(range(len(prompts)))
         cache = DynamicCache(config=plain.config)
         for step in range(most):
-            hidden_BD = self._advance(ids_BS, mask_BS, prefix, cache)
+            hidden_BD = advance(self._model, ids_BS, mask_BS, cache, prefix)
             tokens_B = choose(head(hidden_BD), uniforms_BT[active, step], sampling)
             tokens = tokens_B.tolist()
             for row, token in zip(active, tokens, strict=True):
@@ -164,21 +164,34 @@ class HFEngine:
             for prompt, response in zip(prompts, responses, strict=True)
         ]
 
-    def _advance(
-        self, ids_BS: Tensor, mask_BS: Tensor, prefix: SharedPrefix | None, cache: DynamicCache
-    ) -> Tensor:
-        """The hidden states at the last position of each row, `_BD`."""
-        if prefix:
-            return forward_after_prefix(self._model, prefix, ids_BS, mask_BS, cache)[:, -1]
-        positions_BS = (mask_BS.cumsum(-1) - 1).clamp(min=0)[:, -ids_BS.shape[1] :]
-        decoder = causal_model(self._model).get_decoder()
-        return decoder(
-            input_ids=ids_BS,
-            attention_mask=mask_BS,
-            position_ids=positions_BS,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
+
+def advance(
+    model: Any,
+    ids_BS: Tensor,
+    mask_BS: Tensor,
+    cache: DynamicCache,
+    prefix: SharedPrefix | None = None,
+) -> Tensor:
+    """Read tokens into the cache; the hidden states at the last position of each row, `_BD`.
+
+    Args:
+        model: whose weights read.
+        ids_BS: the tokens after those in the cache, padded on the left.
+        mask_BS: 1 at real tokens, over the cached and the new ones.
+        cache: holds the rows' keys and values, and grows.
+        prefix: what all rows have in front of them, if that was read before.
+    """
+    if prefix:
+        return forward_after_prefix(model, prefix, ids_BS, mask_BS, cache)[:, -1]
+    positions_BS = (mask_BS.cumsum(-1) - 1).clamp(min=0)[:, -ids_BS.shape[1] :]
+    decoder = causal_model(model).get_decoder()
+    return decoder(
+        input_ids=ids_BS,
+        attention_mask=mask_BS,
+        position_ids=positions_BS,
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state[:, -1]
 
 
 def choose(logits_BV: Tensor, uniforms_B: Tensor, sampling: Sampling) -> Tensor:
@@ -201,7 +214,8 @@ def choose(logits_BV: Tensor, uniforms_B: Tensor, sampling: Sampling) -> Tensor:
     return torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(-1)
 
 
-def _pad_left(rows: Sequence[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:
+def pad_left(rows: Sequence[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids as one batch that ends where each row ends, and its mask: `_BS` both."""
     width = padded_width(rows)
     ids = [(0,) * (width - len(row)) + row for row in rows]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
