@@ -17,12 +17,24 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "support_desk" / "run.toml"
 
 FLOORS = (
     ("errors", "types", "config", "config.*"),
-    ("targets", "tasks", "contexts", "graders", "rendering", "anchors", "intervals"),
+    (
+        "targets",
+        "tasks",
+        "contexts",
+        "graders",
+        "rendering",
+        "anchors",
+        "intervals",
+        "instructions",
+        "near_duplicates",
+        "screening",
+    ),
     ("divergence", "batching", "chunking"),
     ("weights", "adapters", "models", "prefix_cache", "teachers", "rollouts", "rollouts.*"),
     ("runs", "checkpoint", "tracking", "tally"),
     (
         "assembly",
+        "authoring",
         "distill",
         "evaluation",
         "training",

@@ -98,7 +98,7 @@ def assemble(config: Run) -> Parts:
     student = adapters.tune(student, config.model.tuning, config.seed)
     teacher, base = _build_teachers(config, accelerator, dtype, student, tokenizer)
     notes += _share_prefix(teacher, items)
-    settings = dtype, _end_ids(student, tokenizer), config.rollout.batch_rows
+    settings = dtype, end_ids(student, tokenizer), config.rollout.batch_rows
     engine = HFEngine(student, base.model, *settings)
     same = teacher.model is base.model
     train_anchors, test_anchors = load_anchors(config.anchor.path)
@@ -179,7 +179,8 @@ def max_prompt_tokens(config: Run, holds: int) -> int:
     return min(room, config.rendering.max_prompt_tokens or room)
 
 
-def _end_ids(student: Any, tokenizer: Any) -> frozenset[int]:
+def end_ids(student: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end a response of this model."""
     configured = adapters.causal_model(student).generation_config.eos_token_id
     listed = configured if isinstance(configured, list) else [configured]
     return frozenset(i for i in (*listed, tokenizer.eos_token_id) if i is not None)

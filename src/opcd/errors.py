@@ -11,7 +11,8 @@ The tree, with the exit code that the command line gives it:
     |   |-- RenderingError                   chat template, thinking mode
     |   |   `-- OverLongError                a prompt that does not fit
     |   |-- ModelError                       weights, tokenizer, vocabularies that differ
-    |   `-- RunFolderError                   a run folder that exists, or lacks what is asked of it
+    |   |-- RunFolderError                   a run folder that exists, or lacks what is asked of it
+    |   `-- AuthoringError                   instructions, examples or output of opcd prompts
     `-- RunError (also a RuntimeError)       exit 1: the run failed, what was saved stays
         |-- CheckpointError                  a checkpoint that cannot be written or trusted
         |-- DivergedError                    loss or gradient not finite too often
@@ -58,6 +59,10 @@ class ModelError(InputError):
 
 class RunFolderError(InputError):
     """A run folder exists already, or lacks what a command asks of it."""
+
+
+class AuthoringError(InputError):
+    """What `opcd prompts` is to write from, or where it is to write, cannot be used."""
 
 
 class RunError(OpcdError, RuntimeError):

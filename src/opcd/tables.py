@@ -5,7 +5,9 @@ from typing import Any
 
 from rich.table import Table
 
+from opcd.authoring import Authored
 from opcd.evaluation import CONDITIONS
+from opcd.screening import Limits
 
 SHARES = ("valid", "correct", "agreement", "truncated", "greedy_agreement")
 """Metrics that read best as percentages."""
@@ -49,6 +51,26 @@ def answers_table(answers: Sequence[Mapping[str, Any]], count: int) -> Table:
     for row in answers[::stride][:count]:
         texts = [row[condition]["text"] for condition in CONDITIONS]
         table.add_row(row["prompt"], *(_shorten(text) for text in texts))
+    return table
+
+
+def authored_table(found: Authored, limits: Limits) -> Table:
+    """What became of every message that a model wrote."""
+    meaning = {
+        "too long": f"over {limits.max_words} words",
+        "near duplicate": f"3-word runs, Jaccard index of {limits.near_duplicate} or more",
+        "repeats an example": f"the same, {limits.near_duplicate} or more",
+        "quotes the context": f"{limits.quoted_share:.0%} of its 4-word runs, or "
+        f"{limits.quoted_words} words in a row",
+        "cut by the token limit": f"over {2 * limits.max_words} tokens",
+    }
+    table = Table(title=f"{found.drawn} messages drawn in {found.rounds} rounds")
+    table.add_column("what", overflow="fold")
+    table.add_column("messages", justify="right")
+    table.add_column("where the line is drawn", overflow="fold")
+    table.add_row("kept", str(len(found.rows)), "")
+    for reason, count in found.dropped.most_common():
+        table.add_row(reason, str(count), meaning.get(reason, ""))
     return table
 
 

@@ -1,0 +1,125 @@
+"""What a model wrote, sorted into messages that a user could have sent and reasons why not.
+
+Reasons are modest on purpose: a text is dropped for its form, never for its language or subject.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from opcd.near_duplicates import near_duplicates, quoted_share, quotes_run, runs_of, words_of
+
+REASONS = (
+    "cut by the token limit",
+    "empty",
+    "too long",
+    "more than a message",
+    "an answer, not a message",
+    "repeats itself",
+    "quotes the context",
+    "repeats an example",
+    "exact duplicate",
+    "near duplicate",
+)
+"""Why a message is dropped; the first that holds is counted."""
+
+MAX_TOPIC_WORDS = 20
+DISTINCT_SHARE = 0.5
+"""A text with fewer distinct runs of three words than this share of all of them is a loop."""
+
+_ITEM = re.compile(r"\s*(?:\d+[.)]|[-*\u2022])\s+(\S.*)")
+_ANSWER = re.compile(
+    r"(?:sure[,!.]|certainly[,!.]|of course[,!] here|here (?:is|are) (?:a|an|the|some) "
+    r"|as an (?:ai|assistant)|(?:i'm|i am) an? (?:ai|assistant|chatbot|language model)"
+    r"|how (?:can|may) (?:i|we) (?:help|assist)|(?:i'd|i would|i'll|we'd) be (?:glad|happy) to "
+    r"(?:help|assist)|(?:we|i) (?:sincerely )?apologi[sz]e for"
+    r"|(?:i'm|i am|we are|we're) (?:so |very |really )?sorry to hear"
+    r"|thank you for (?:reaching|contacting|choosing|your (?:order|inquiry|message|feedback))"
+    r"|dear (?:customer|user|guest|sir)|(?:the )?(?:user|assistant|customer|instructions"
+    r"(?: of the assistant)?)\s*:)",
+    re.IGNORECASE,
+)
+"""How an assistant begins, not a user."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Where a text becomes too long, too like another, or a quotation."""
+
+    max_words: int = 60
+    near_duplicate: float = 0.5
+    """Jaccard index of the runs of three words from which on two messages count as one."""
+    quoted_share: float = 0.5
+    """Share of a message's runs of four words that may not be in the context."""
+    quoted_words: int = 8
+    """So many words in a row may not be in the context, whatever the rest is."""
+
+
+@dataclass
+class Sieve:
+    """Lets each message pass once; remembers what passed and why the rest did not."""
+
+    context: str
+    examples: Sequence[str]
+    """Messages that are known already: the user's own and those of the instructions."""
+    limits: Limits = Limits()
+    kept: list[str] = field(default_factory=list)
+
+    def drop(self, answer: str, finished: bool) -> str | None:
+        """Why an answer is no new message, one of `REASONS`; `None` where it is kept."""
+        text = message_of(answer)
+        reason = self._form(text, finished) or self._quotation(text) or self._repetition(text)
+        if reason is None:
+            self.kept.append(text)
+        return reason
+
+    def _form(self, text: str, finished: bool) -> str | None:
+        if not finished:
+            return "cut by the token limit"
+        words = words_of(text)
+        if not words:
+            return "empty"
+        if len(words) > self.limits.max_words:
+            return "too long"
+        if re.search(r'(?<!\S)"\s*\n|"\s*\n|\n\s*#', text):
+            return "more than a message"
+        if _ANSWER.match(text) or (text.startswith("{") and '{"' in self.context):
+            return "an answer, not a message"
+        if len(words) >= 12 and len(runs_of(text)) < DISTINCT_SHARE * (len(words) - 2):
+            return "repeats itself"
+        return None
+
+    def _quotation(self, text: str) -> str | None:
+        whole = quotes_run(text, self.context, self.limits.quoted_words)
+        share = quoted_share(text, self.context)
+        return "quotes the context" if whole or share >= self.limits.quoted_share else None
+
+    def _repetition(self, text: str) -> str | None:
+        if words_of(text) in [words_of(kept) for kept in self.kept]:
+            return "exact duplicate"
+        known = [*self.examples, *self.kept]
+        twins = near_duplicates([*known, text], self.limits.near_duplicate).twins
+        if len(known) not in twins:
+            return None
+        return "near duplicate" if twins[len(known)] >= len(self.examples) else "repeats an example"
+
+
+def message_of(answer: str) -> str:
+    """An answer without the quotation marks around it."""
+    text = answer.strip()
+    for left, right in (('"', '"'), ("\u201c", "\u201d")):
+        if text.startswith(left):
+            text = text.removeprefix(left).removesuffix(right).strip()
+    return text
+
+
+def topics_of(answer: str, finished: bool) -> tuple[list[str], int]:
+    """The items of a list, and how many of its lines are none.
+
+    The last line of an answer that was cut by the token limit counts among those.
+    """
+    lines = [line for line in answer.split("\n") if line.strip()]
+    whole = lines if finished else lines[:-1]
+    items = [found[1].strip().rstrip(".,;") for line in whole if (found := _ITEM.match(line))]
+    topics = [item for item in items if 0 < len(words_of(item)) <= MAX_TOPIC_WORDS]
+    return topics, len(lines) - len(topics)
