@@ -31,6 +31,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_the_package_and_its_data(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"opcd/anchors.json", "opcd/py.typed", "opcd/cli.py"} <= names
+    assert {f"opcd/authoring_prompts/{name}.md" for name in ("topics", "messages")} <= names
     assert not [name for name in names if name.startswith(("tests", "recipes"))]
 
 

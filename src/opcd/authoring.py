@@ -6,7 +6,7 @@ dropped is counted by reason. Knows how to ask; `opcd.screening` knows what to k
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,13 @@ class Authored:
     """Lines of topic lists: kept, repeated, malformed."""
 
 
-def author(brief: Brief, writer: Writer) -> Authored:
+def author(brief: Brief, writer: Writer, say: Callable[[str], None] | None = None) -> Authored:
     """Draw topics and messages until there are enough, or the rounds are over.
+
+    Args:
+        brief: what is to be written.
+        writer: the model that writes it.
+        say: told after each round how far it is.
 
     Raises:
         OverLongError: the context does not fit into the model behind the instructions.
@@ -84,6 +89,11 @@ def author(brief: Brief, writer: Writer) -> Authored:
         found.rounds += 1
         if topics := new or found.topics:
             _draw_messages(brief, writer, found, sieve, topics, draws=max(16, 2 * missing))
+        if say:
+            say(
+                f"round {found.rounds}: {len(found.rows)} of {brief.count} messages, "
+                f"{len(found.topics)} topics"
+            )
     if not found.rows:
         raise RolloutError(
             f"none of {found.drawn} messages on {len(found.topics)} topics could be kept "

@@ -138,7 +138,7 @@ def prompts(  # noqa: PLR0913, PLR0917 - each is an option of the command
     count: Annotated[int, typer.Option(min=1, help="How many messages.")] = 100,
     seed: Annotated[int, typer.Option(help="Decides every draw.")] = 0,
     rounds: Annotated[int, typer.Option(min=1, help="Draw at most this often.")] = 6,
-    max_words: Annotated[int, typer.Option(min=1, help="The longest message, in words.")] = 60,
+    max_words: Annotated[int, typer.Option(min=1, help="The longest message, in words.")] = 40,
     examples: Annotated[
         Path | None, typer.Option(help='JSONL rows {"prompt"}: messages to show.')
     ] = None,
@@ -159,7 +159,7 @@ def prompts(  # noqa: PLR0913, PLR0917 - each is an option of the command
     limits = Limits(max_words=max_words)
     brief = authoring.Brief(text, shown, count, seed, rounds, limits)
     writer = authoring.load_writer(model or run_model or "smollm2-135m", device, instructions)
-    found = authoring.author(brief, writer)
+    found = authoring.author(brief, writer, console.print)
     authoring.write_rows(out, found.rows)
     console.print(authored_table(found, limits))
     console.print(f"topics: {authoring.describe(found.topic_lines)} lines", highlight=False)

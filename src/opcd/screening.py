@@ -46,7 +46,7 @@ _ANSWER = re.compile(
 class Limits:
     """Where a text becomes too long, too like another, or a quotation."""
 
-    max_words: int = 60
+    max_words: int = 40
     near_duplicate: float = 0.5
     """Jaccard index of the runs of three words from which on two messages count as one."""
     quoted_share: float = 0.5

@@ -56,10 +56,11 @@ def answers_table(answers: Sequence[Mapping[str, Any]], count: int) -> Table:
 
 def authored_table(found: Authored, limits: Limits) -> Table:
     """What became of every message that a model wrote."""
+    likeness = f"3-word runs, Jaccard index of {limits.near_duplicate} or more"
     meaning = {
         "too long": f"over {limits.max_words} words",
-        "near duplicate": f"3-word runs, Jaccard index of {limits.near_duplicate} or more",
-        "repeats an example": f"the same, {limits.near_duplicate} or more",
+        "near duplicate": likeness,
+        "repeats an example": likeness,
         "quotes the context": f"{limits.quoted_share:.0%} of its 4-word runs, or "
         f"{limits.quoted_words} words in a row",
         "cut by the token limit": f"over {2 * limits.max_words} tokens",
