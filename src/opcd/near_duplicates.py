@@ -44,40 +44,64 @@ def runs_of(text: str, words: int = WORDS) -> frozenset[Run]:
     return frozenset(tuple(found[start : start + words]) for start in range(last))
 
 
-def near_duplicates(texts: Sequence[str], threshold: float) -> Duplicates:
-    """Drop each text that is too like one kept before it.
+class SeenTexts:
+    """Texts that later ones are compared with, through an index from each run to its texts.
 
-    Likeness is the Jaccard index of the texts' runs of three words: shared runs over all runs.
-    Texts without a word are like each other and like nothing else. Exact, through an index from
-    each run to the kept texts that have it.
+    Likeness is the Jaccard index of two texts' runs of three words: shared runs over all runs.
+    Texts without a word are like each other and like nothing else.
+    """
+
+    def __init__(self, threshold: float) -> None:
+        """Start with none; texts are twins where their likeness is at least the threshold.
+
+        Raises:
+            ValueError: the threshold is not above 0 and at most 1.
+        """
+        if not 0.0 < threshold <= 1.0:
+            raise ValueError(f"threshold = {threshold}; it must be above 0 and at most 1")
+        self._threshold = threshold
+        self._sizes: list[int] = []
+        """The number of runs of each text."""
+        self._holders: dict[Run, list[int]] = {}
+
+    def add(self, text: str) -> int:
+        """Remember a text; its number, from 0 on."""
+        runs, number = _runs_or_none(text), len(self._sizes)
+        self._sizes.append(len(runs))
+        for run in runs:
+            self._holders.setdefault(run, []).append(number)
+        return number
+
+    def twin_of(self, text: str) -> int | None:
+        """The number of the text most like this one (the first of several), if alike enough."""
+        runs = _runs_or_none(text)
+        shared = Counter(other for run in runs for other in self._holders.get(run, ()))
+        likeness = {other: n / (len(runs) + self._sizes[other] - n) for other, n in shared.items()}
+        twin = max(likeness, key=lambda other: (likeness[other], -other), default=None)
+        return twin if twin is not None and likeness[twin] >= self._threshold else None
+
+
+def near_duplicates(texts: Sequence[str], threshold: float) -> Duplicates:
+    """Drop each text that is too like one kept before it; exact, with no pair left out.
 
     Args:
         texts: in order of preference: the first of its kind is kept.
-        threshold: a text goes where its likeness to a kept one is at least this; above 0, at
-            most 1.
+        threshold: a text goes where its likeness to a kept one (see `SeenTexts`) is at least this.
 
     Raises:
-        ValueError: the threshold is outside of that range.
+        ValueError: the threshold is not above 0 and at most 1.
     """
-    if not 0.0 < threshold <= 1.0:
-        raise ValueError(f"threshold = {threshold}; it must be above 0 and at most 1")
-    sizes: dict[int, int] = {}
-    """Kept index -> its number of runs."""
-    holders: dict[Run, list[int]] = {}
+    seen = SeenTexts(threshold)
+    kept: list[int] = []
     twins: dict[int, int] = {}
     for index, text in enumerate(texts):
-        # A text without words gets a run of its own kind, so that it meets its likes.
-        runs = runs_of(text) or frozenset({()})
-        shared = Counter(kept for run in runs for kept in holders.get(run, ()))
-        likeness = {kept: n / (len(runs) + sizes[kept] - n) for kept, n in shared.items()}
-        twin = max(likeness, key=lambda kept: (likeness[kept], -kept), default=None)
-        if twin is not None and likeness[twin] >= threshold:
-            twins[index] = twin
-            continue
-        sizes[index] = len(runs)
-        for run in runs:
-            holders.setdefault(run, []).append(index)
-    return Duplicates(tuple(sizes), twins)
+        twin = seen.twin_of(text)
+        if twin is None:
+            seen.add(text)
+            kept.append(index)
+        else:
+            twins[index] = kept[twin]
+    return Duplicates(tuple(kept), twins)
 
 
 def quoted_share(text: str, source: str, words: int = 4) -> float:
@@ -94,3 +118,8 @@ def quoted_share(text: str, source: str, words: int = 4) -> float:
 def quotes_run(text: str, source: str, words: int = 8) -> bool:
     """Whether so many words of a text, one after the other, stand in the source."""
     return quoted_share(text, source, words) > 0.0
+
+
+def _runs_or_none(text: str) -> frozenset[Run]:
+    # A text without words gets a run of its own kind, so that it meets its likes.
+    return runs_of(text) or frozenset({()})

@@ -5,9 +5,9 @@ Reasons are modest on purpose: a text is dropped for its form, never for its lan
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from opcd.near_duplicates import near_duplicates, quoted_share, quotes_run, runs_of, words_of
+from opcd.near_duplicates import SeenTexts, quoted_share, quotes_run, runs_of, words_of
 
 REASONS = (
     "cut by the token limit",
@@ -55,15 +55,25 @@ class Limits:
     """So many words in a row may not be in the context, whatever the rest is."""
 
 
-@dataclass
 class Sieve:
-    """Lets each message pass once; remembers what passed and why the rest did not."""
+    """Lets each message pass once; remembers what passed."""
 
-    context: str
-    examples: Sequence[str]
-    """Messages that are known already: the user's own and those of the instructions."""
-    limits: Limits = Limits()
-    kept: list[str] = field(default_factory=list)
+    def __init__(self, context: str, examples: Sequence[str], limits: Limits) -> None:
+        """Start with nothing kept.
+
+        Args:
+            context: what messages may not quote.
+            examples: messages that are known already: the user's own and the instructions'.
+            limits: where a text becomes too long, too like another, or a quotation.
+        """
+        self.kept: list[str] = []
+        self._context = context
+        self._limits = limits
+        self._examples = len(examples)
+        self._words: set[tuple[str, ...]] = set()
+        self._seen = SeenTexts(limits.near_duplicate)
+        for example in examples:
+            self._seen.add(example)
 
     def drop(self, answer: str, finished: bool) -> str | None:
         """Why an answer is no new message, one of `REASONS`; `None` where it is kept."""
@@ -71,6 +81,8 @@ class Sieve:
         reason = self._form(text, finished) or self._quotation(text) or self._repetition(text)
         if reason is None:
             self.kept.append(text)
+            self._words.add(tuple(words_of(text)))
+            self._seen.add(text)
         return reason
 
     def _form(self, text: str, finished: bool) -> str | None:
@@ -79,29 +91,28 @@ class Sieve:
         words = words_of(text)
         if not words:
             return "empty"
-        if len(words) > self.limits.max_words:
+        if len(words) > self._limits.max_words:
             return "too long"
         if re.search(r'(?<!\S)"\s*\n|"\s*\n|\n\s*#', text):
             return "more than a message"
-        if _ANSWER.match(text) or (text.startswith("{") and '{"' in self.context):
+        if _ANSWER.match(text) or (text.startswith("{") and '{"' in self._context):
             return "an answer, not a message"
         if len(words) >= 12 and len(runs_of(text)) < DISTINCT_SHARE * (len(words) - 2):
             return "repeats itself"
         return None
 
     def _quotation(self, text: str) -> str | None:
-        whole = quotes_run(text, self.context, self.limits.quoted_words)
-        share = quoted_share(text, self.context)
-        return "quotes the context" if whole or share >= self.limits.quoted_share else None
+        whole = quotes_run(text, self._context, self._limits.quoted_words)
+        share = quoted_share(text, self._context)
+        return "quotes the context" if whole or share >= self._limits.quoted_share else None
 
     def _repetition(self, text: str) -> str | None:
-        if words_of(text) in [words_of(kept) for kept in self.kept]:
+        if tuple(words_of(text)) in self._words:
             return "exact duplicate"
-        known = [*self.examples, *self.kept]
-        twins = near_duplicates([*known, text], self.limits.near_duplicate).twins
-        if len(known) not in twins:
+        twin = self._seen.twin_of(text)
+        if twin is None:
             return None
-        return "near duplicate" if twins[len(known)] >= len(self.examples) else "repeats an example"
+        return "repeats an example" if twin < self._examples else "near duplicate"
 
 
 def message_of(answer: str) -> str:
