@@ -25,6 +25,9 @@ def sieve() -> Sieve:
         ("Sure, here is a message.", "an answer, not a message"),
         ("I'm so sorry to hear that.", "an answer, not a message"),
         ("How can I help you today?", "an answer, not a message"),
+        ("Your order is fine. Please try again later!", "an answer, not a message"),
+        ("Well, I\u2019m unable to provide you with that.", "an answer, not a message"),
+        ('Is it new?" she said and left', "more than a message"),
         ('{"mood":"angry"}', "an answer, not a message"),
         ("I am sorry, I am sorry, I am sorry, I am sorry, I am sorry", "repeats itself"),
         ("Customers who shout are angry", "quotes the context"),
@@ -43,6 +46,8 @@ def test_each_reason_finds_its_text(answer: str, reason: str) -> None:
     [
         "Sorry, where is my parcel?",
         "The user manual is missing.",
+        "Thank you for the lamp, it is lovely.",
+        "I am not able to open the box.",
         "Can I help to unload it?",
         "Wo bleibt mein Paket? Ich warte seit Montag.",
         "我的包裹在哪里?",

@@ -22,8 +22,8 @@ from opcd.screening import Limits, Sieve, message_of, topics_of
 from opcd.types import Message, Task
 
 EXAMPLES_SHOWN = 3
-TOPIC_TOKENS = 96
-BATCH_ROWS = 32
+TOPIC_TOKENS = 72
+BATCH_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Brief:
     """At most so many times topics and messages are drawn."""
     limits: Limits = field(default_factory=Limits)
     temperature: float = 0.8
-    top_p: float = 0.95
+    top_p: float = 0.9
 
 
 @dataclass(frozen=True, slots=True)

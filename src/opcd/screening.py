@@ -28,18 +28,26 @@ DISTINCT_SHARE = 0.5
 """A text with fewer distinct runs of three words than this share of all of them is a loop."""
 
 _ITEM = re.compile(r"\s*(?:\d+[.)]|[-*\u2022])\s+(\S.*)")
-_ANSWER = re.compile(
+_OPENS_ANSWER = re.compile(
     r"(?:sure[,!.]|certainly[,!.]|of course[,!] here|here (?:is|are) (?:a|an|the|some) "
-    r"|as an (?:ai|assistant)|(?:i'm|i am) an? (?:ai|assistant|chatbot|language model)"
-    r"|how (?:can|may) (?:i|we) (?:help|assist)|(?:i'd|i would|i'll|we'd) be (?:glad|happy) to "
-    r"(?:help|assist)|(?:we|i) (?:sincerely )?apologi[sz]e for"
-    r"|(?:i'm|i am|we are|we're) (?:so |very |really )?sorry to hear"
-    r"|thank you for (?:reaching|contacting|choosing|your (?:order|inquiry|message|feedback))"
-    r"|dear (?:customer|user|guest|sir)|(?:the )?(?:user|assistant|customer|instructions"
-    r"(?: of the assistant)?)\s*:)",
+    r"|(?:we|i) (?:sincerely )?apologi[sz]e for"
+    r"|(?:i'm|i am|we are|we're) (?:so |very |really )?sorry (?:to hear|for (?:the|any) inconven)"
+    r"|thank you for (?:reaching out|contacting|choosing|your (?:order|inquiry|feedback|patience))"
+    r"|dear (?:customer|user|guest)|(?:the )?(?:user|assistant|instructions(?: of the "
+    r"assistant)?)\s*:)",
     re.IGNORECASE,
 )
 """How an assistant begins, not a user."""
+
+_HELPS = re.compile(
+    r"\b(?:(?:how|what) (?:can|may) (?:i|we) (?:help|assist|do for) you|can i help you"
+    r"|(?:i'm|i am|we are|we're) here to (?:help|assist)|(?:can't|cannot|can|to) (?:help|assist) "
+    r"you\b|(?:i'm|i am) (?:sorry, )?(?:not able|unable) to (?:provide|deliver|reply|assist)"
+    r"|as an ai\b|(?:i'm|i am) an? (?:ai|chatbot|language model)|please try again later"
+    r"|would you like (?:me )?to (?:receive|know|help))",
+    re.IGNORECASE,
+)
+"""What an assistant offers or regrets, wherever it stands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +101,10 @@ class Sieve:
             return "empty"
         if len(words) > self._limits.max_words:
             return "too long"
-        if re.search(r'(?<!\S)"\s*\n|"\s*\n|\n\s*#', text):
+        # A closing mark without an opening one, or a new heading: the model went on.
+        if text.count('"') % 2 or re.search(r"\n\s*#", text):
             return "more than a message"
-        if _ANSWER.match(text) or (text.startswith("{") and '{"' in self._context):
+        if _answers(text) or (text.startswith("{") and '{"' in self._context):
             return "an answer, not a message"
         if len(words) >= 12 and len(runs_of(text)) < DISTINCT_SHARE * (len(words) - 2):
             return "repeats itself"
@@ -113,6 +122,11 @@ class Sieve:
         if twin is None:
             return None
         return "repeats an example" if twin < self._examples else "near duplicate"
+
+
+def _answers(text: str) -> bool:
+    straight = text.replace("\u2019", "'")
+    return bool(_OPENS_ANSWER.match(straight) or _HELPS.search(straight))
 
 
 def message_of(answer: str) -> str:
