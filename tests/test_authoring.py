@@ -1,13 +1,13 @@
 """`opcd.authoring`: rows with their origin, every draw counted, the rounds that end it."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from opcd.authoring import (
-    Authored,
     Brief,
     Writer,
     author,
@@ -21,9 +21,10 @@ from opcd.config.training import Rendering
 from opcd.errors import AuthoringError, ContextError, OverLongError, RolloutError
 from opcd.instructions import parse_instructions
 from opcd.rendering import Renderer
-from opcd.rollouts.engine import Prompt
+from opcd.rollouts.engine import Prompt, Sampling
 from opcd.rollouts.scripted import ScriptedEngine
 from opcd.tasks import read_row
+from opcd.types import Message, Rollout
 from worlds import CHATML, END_ID, tokenizer, write_jsonl, write_run
 
 TOKENIZER = tokenizer(CHATML)
@@ -137,25 +138,31 @@ def test_a_context_that_does_not_fit_is_refused() -> None:
         author(Brief("Desk. " * 600), writer_of(sentences))
 
 
-def test_a_real_model_writes_the_same_for_the_same_seed(
-    tiny_model_path: Path, tmp_path: Path
-) -> None:
-    """Random weights write no words, but the same ones again: with its own engine and template."""
-    for name, slots in (("topics", "{context}"), ("messages", "{context} {topic}")):
-        text = f"### user\n{slots}\n### assistant\n1. tea {name}"
-        (tmp_path / f"{name}.md").write_text(text, encoding="utf-8")
+def test_the_seed_decides_every_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    writer, seeds = writer_of(numbered), list[str]()
+    generate = writer.engine.generate
 
-    def rows(seed: int) -> tuple[Any, ...]:
-        found = Authored()
-        writer = load_writer(str(tiny_model_path), "cpu", tmp_path)
-        brief = Brief("Desk.", seed=seed, count=2, rounds=1, temperature=0.05)
-        try:
-            found = author(brief, writer)
-        except RolloutError as error:
-            return (str(error),)
-        return (found.rows, found.dropped, found.topics, found.topic_lines)
+    def watched(prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        seeds.append(sampling.seed)
+        return generate(prompts, sampling)
 
-    assert rows(1) == rows(1)
+    monkeypatch.setattr(writer.engine, "generate", watched)
+    author(Brief("Desk.", count=1, seed=5), writer)
+    assert seeds == ["5", "5"]
+
+
+def test_a_real_model_can_be_the_writer(tiny_model_path: Path) -> None:
+    """With its own engine and template: what it writes is seeded, and ends where it should."""
+    writer = load_writer(str(tiny_model_path), "cpu", None)
+    writer.engine.use("base", 0)
+    ids = writer.renderer.encode(writer.renderer.text([Message("user", "Tea?")]))
+    asked = [Prompt(f"message-{n}", ids, 30) for n in range(8)]
+    first, again, other = (
+        writer.engine.generate(asked, Sampling(1.0, 0.9, seed)) for seed in ("1", "1", "2")
+    )
+    assert first == again and first != other
+    ends = [rollout.response_ids[-1] == END_ID for rollout in (*first, *other)]
+    assert ends == [rollout.finished for rollout in (*first, *other)]
 
 
 def test_a_brief_is_a_text_or_the_context_of_a_run(tmp_path: Path) -> None:
