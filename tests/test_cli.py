@@ -8,8 +8,14 @@ from pathlib import Path
 import pytest
 
 from measured import measured_run
-from opcd import cli
-from worlds import write_jsonl, write_run
+from opcd import authoring, cli
+from opcd.authoring import Writer
+from opcd.config.training import Rendering
+from opcd.instructions import parse_instructions
+from opcd.rendering import Renderer
+from opcd.rollouts.engine import Prompt
+from opcd.rollouts.scripted import ScriptedEngine
+from worlds import END_ID, tokenizer, write_jsonl, write_run
 
 Opcd = Callable[..., tuple[int, str, str]]
 
@@ -46,6 +52,7 @@ VERBS = (
     "search",
     "sample",
     "costs",
+    "prompts",
     "export",
     "report",
 )
@@ -255,3 +262,66 @@ def test_a_run_that_was_not_measured_is_not_reported(opcd: Opcd, tmp_path: Path)
 
 def test_an_unknown_verb_ends_with_2(opcd: Opcd) -> None:
     assert opcd("bake")[0] == 2
+
+
+def scripted_writer(kettles: int) -> Callable[..., Writer]:
+    """Stands in for the model: so many of its messages are new, the others repeat the first."""
+    ids = tokenizer()
+
+    def script(policy: str, prompt: Prompt) -> list[int]:
+        del policy
+        kind, number = prompt.task_id.split("-")[:2]
+        words = "".join(f" {w}{int(number) % kettles}" for w in "abcd")
+        return [*ids.encode(" a late parcel" if kind == "topics" else words), END_ID]
+
+    def load(path: str, device: str, instructions: Path | None) -> Writer:
+        del device, instructions
+        parts = (
+            parse_instructions(f"### user\n{slots}\n### assistant\n{opening}", "", [])
+            for slots, opening in (("{context}", "1."), ("{context} {topic}", "My"))
+        )
+        return Writer(path, ScriptedEngine(script), Renderer(ids, Rendering(), 512), *parts)
+
+    return load
+
+
+def test_prompts_writes_rows_and_counts_what_it_dropped(
+    opcd: Opcd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer than asked for is no failure, but it is said."""
+    monkeypatch.setattr(authoring, "load_writer", scripted_writer(kettles=3))
+    toml = write_run(tmp_path / "recipe")
+    code, out, err = opcd("prompts", toml, "--out", "rows.jsonl", "--count", "5", "--rounds", "2")
+    assert (code, err) == (0, "")
+    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == [f"My a{n} b{n} c{n} d{n}" for n in range(3)]
+    assert {row["source"]["model"] for row in rows} == {"smollm2-135m"}
+    assert "exact duplicate" in out and "Jaccard" not in out
+    assert "only 3 of 5 messages after 2 rounds, mostly lost as: 29 exact duplicate" in out
+    assert "rows.jsonl: 3 messages" in out
+
+
+def test_prompts_takes_another_model_and_examples(
+    opcd: Opcd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(authoring, "load_writer", scripted_writer(kettles=3))
+    toml = write_run(tmp_path / "recipe")
+    examples = write_jsonl(tmp_path / "mine.jsonl", [{"prompt": "my a1 b1 c1 d1!"}])
+    more = ("--examples", examples, "--model", "other", "--count", "2", "--rounds", "1")
+    code, out, _ = opcd("prompts", toml, "--out", "rows.jsonl", *more)
+    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    assert (code, [row["source"]["model"] for row in rows]) == (0, ["other", "other"])
+    assert [row["prompt"][3:5] for row in rows] == ["a0", "a2"]
+    assert "repeats an example" in out and "Jaccard" in out
+
+
+def test_prompts_leaves_a_file_alone(opcd: Opcd, tmp_path: Path) -> None:
+    """Said before any model is loaded."""
+    toml = write_run(tmp_path / "recipe")
+    arguments = ("prompts", toml, "--out", toml.parent / "train.jsonl", "--model", "./none")
+    before = (toml.parent / "train.jsonl").read_text()
+    code, _, err = opcd(*arguments)
+    assert (code, "AuthoringError" in err, "--overwrite" in err) == (2, True, True)
+    code, _, err = opcd(*arguments, "--overwrite")
+    assert (code, "ModelError" in err) == (2, True)
+    assert (toml.parent / "train.jsonl").read_text() == before

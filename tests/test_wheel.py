@@ -30,7 +30,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_the_package_and_its_data(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"opcd/anchors.json", "opcd/report.html", "opcd/py.typed", "opcd/cli.py"} <= names
+    assert {"opcd/py.typed", "opcd/cli.py", "opcd/report.html"} <= names
+    assert {"opcd/anchors.json", "opcd/other_contexts.json"} <= names
+    assert {f"opcd/authoring_prompts/{name}.md" for name in ("topics", "messages")} <= names
     assert not [name for name in names if name.startswith(("tests", "recipes"))]
 
 

@@ -248,3 +248,48 @@ def report(
     if figures:
         count = len(written.figures)
         console.print(f"{figures}: {count} files of figures", markup=False, highlight=False)
+
+
+@app.command()
+def prompts(  # noqa: PLR0913, PLR0917 - each is an option of the command
+    context: Annotated[
+        Path, typer.Argument(help="A text file, or a run's TOML file.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="The JSONL file to write.", show_default=False)],
+    model: Annotated[str | None, typer.Option(help="Who writes; default: the run's.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="How many messages.")] = 100,
+    seed: Annotated[int, typer.Option(help="Decides every draw.")] = 0,
+    rounds: Annotated[int, typer.Option(min=1, help="Draw at most this often.")] = 6,
+    max_words: Annotated[int, typer.Option(min=1, help="The longest message, in words.")] = 40,
+    examples: Annotated[
+        Path | None, typer.Option(help='JSONL rows {"prompt"}: messages to show.')
+    ] = None,
+    instructions: Annotated[
+        Path | None, typer.Option(help="A folder with topics.md and messages.md of your own.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, mps or cuda.")] = "auto",
+    overwrite: Annotated[bool, typer.Option(help="Replace the file if it exists.")] = False,
+) -> None:
+    """Let a model write user messages that a context is meant for, as task rows."""
+    from opcd import authoring
+    from opcd.screening import Limits
+    from opcd.tables import authored_table
+
+    authoring.check_output(out, overwrite)
+    text, own, run_model = authoring.read_brief(context)
+    shown = authoring.read_messages(examples) if examples else own
+    limits = Limits(max_words=max_words)
+    brief = authoring.Brief(text, shown, count, seed, rounds, limits)
+    writer = authoring.load_writer(model or run_model or "smollm2-135m", device, instructions)
+    found = authoring.author(brief, writer, console.print)
+    authoring.write_rows(out, found.rows)
+    console.print(authored_table(found, limits))
+    console.print(f"topics: {authoring.describe(found.topic_lines)} lines", highlight=False)
+    if len(found.rows) < count:
+        console.print(
+            f"only {len(found.rows)} of {count} messages after {found.rounds} rounds, mostly lost "
+            f"as: {authoring.describe(found.dropped)}",
+            markup=False,
+            highlight=False,
+        )
+    console.print(f"{out}: {len(found.rows)} messages; read some before you train on them")

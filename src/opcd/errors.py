@@ -12,7 +12,8 @@ The tree, with the exit code that the command line gives it:
     |   |   `-- OverLongError                a prompt that does not fit
     |   |-- ModelError                       weights, tokenizer, vocabularies that differ
     |   |-- RunFolderError                   a run folder that exists, or lacks what is asked of it
-    |   `-- CostsError                       a price, a batch size or a package of a comparison
+    |   |-- CostsError                       a price, a batch size or a package of a comparison
+    |   `-- AuthoringError                   instructions, examples or output of opcd prompts
     `-- RunError (also a RuntimeError)       exit 1: the run failed, what was saved stays
         |-- CheckpointError                  a checkpoint that cannot be written or trusted
         |-- DivergedError                    loss or gradient not finite too often
@@ -63,6 +64,10 @@ class RunFolderError(InputError):
 
 class CostsError(InputError):
     """A price or a batch size means nothing, or a comparison lacks its package."""
+
+
+class AuthoringError(InputError):
+    """What `opcd prompts` is to write from, or where it is to write, cannot be used."""
 
 
 class RunError(OpcdError, RuntimeError):

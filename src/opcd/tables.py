@@ -5,6 +5,8 @@ from typing import Any
 
 from rich.table import Table
 
+from opcd.authoring import Authored
+from opcd.screening import Limits
 from opcd.types import CONDITIONS
 
 SHARES = (
@@ -100,6 +102,27 @@ def answers_table(answers: Sequence[Mapping[str, Any]], count: int) -> Table:
     for row in answers[::stride][:count]:
         texts = [row[condition]["text"] for condition in CONDITIONS]
         table.add_row(row["prompt"], *(_shorten(text) for text in texts))
+    return table
+
+
+def authored_table(found: Authored, limits: Limits) -> Table:
+    """What became of every message that a model wrote."""
+    likeness = f"3-word runs, Jaccard index of {limits.near_duplicate} or more"
+    meaning = {
+        "too long": f"over {limits.max_words} words",
+        "near duplicate": likeness,
+        "repeats an example": likeness,
+        "quotes the context": f"{limits.quoted_share:.0%} of its 4-word runs, or "
+        f"{limits.quoted_words} words in a row",
+        "cut by the token limit": f"over {2 * limits.max_words} tokens",
+    }
+    table = Table(title=f"{found.drawn} messages drawn in {found.rounds} rounds")
+    table.add_column("what", overflow="fold")
+    table.add_column("messages", justify="right")
+    table.add_column("where the line is drawn", overflow="fold")
+    table.add_row("kept", str(len(found.rows)), "")
+    for reason, count in found.dropped.most_common():
+        table.add_row(reason, str(count), meaning.get(reason, ""))
     return table
 
 
