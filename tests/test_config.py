@@ -21,7 +21,8 @@ def system_path(run: Run) -> Path:
 
 
 def train_paths(run: Run) -> list[Path | str]:
-    return [source.path for source in run.tasks.train if source.type != "generator"]
+    sources = run.tasks.train
+    return [s.path for s in sources if s.type == "jsonl" or s.type == "hf"]
 
 
 # --- loading

@@ -85,20 +85,20 @@ def test_an_opening_that_all_rows_share_is_read_once(
     side = side_of([(*range(10, 29), 40 + row, *range(50, 50 + row)) for row in range(5)])
     assert shared_opening(side) == 16, "19 shared tokens, in steps of 8"
 
-    def run(rows: int) -> tuple[Tensor, list[Tensor | None], list[int]]:
+    def run(tokens: int) -> tuple[Tensor, list[Tensor | None], list[int]]:
         model, read = tuned(), []
         if checkpointed:
             causal_model(model).gradient_checkpointing_enable({"use_reentrant": False})
             model.train()
         embed = model.get_input_embeddings()
         embed.register_forward_hook(lambda _, ids, __: read.append(ids[0].numel()))
-        monkeypatch.setattr(models, "MIN_SHARING_ROWS", rows)
+        monkeypatch.setattr(models, "MIN_SAVED_TOKENS", tokens)
         hidden_TD = hidden_states(model, side)
         (hidden_TD * torch.arange(len(hidden_TD)).unsqueeze(-1)).sum().backward()
         return hidden_TD.detach(), [p.grad for p in trainable(model).values()], read
 
     whole_TD, whole_grads, whole_read = run(10**6)
-    shared_TD, shared_grads, shared_read = run(4)
+    shared_TD, shared_grads, shared_read = run(4 * 16)
     torch.testing.assert_close(shared_TD, whole_TD, rtol=1e-4, atol=1e-5)
     for ours, wanted in zip(shared_grads, whole_grads, strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-3)
@@ -108,9 +108,10 @@ def test_an_opening_that_all_rows_share_is_read_once(
 
 def test_an_opening_ends_before_the_first_response_token() -> None:
     """All prompts alike: what predicts the first response token stays in each row."""
-    side = side_of([tuple(range(20))] * 4)
+    side = side_of([tuple(range(20))] * 5)
     assert int(side.column_T.min()) == 19 and shared_opening(side) == 16
-    assert shared_opening(side_of([tuple(range(20))] * 3)) == 0, "too few rows"
+    assert shared_opening(side_of([tuple(range(20))] * 4)) == 0, "saves 3 x 16 tokens: too few"
+    assert shared_opening(side_of([tuple(range(90))] * 2)) == 88, "saves enough with two rows"
 
 
 def test_logits_are_precise_whatever_the_weights_are() -> None:

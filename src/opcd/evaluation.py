@@ -14,7 +14,7 @@ from opcd.config.training import Loss
 from opcd.intervals import estimate, mcnemar
 from opcd.responses import Response, by_metric, by_row, mean, respond, rows_of, score, score_base
 from opcd.suites import measure_suites
-from opcd.types import CONDITIONS, Condition
+from opcd.types import CONDITIONS
 
 TOKEN_ROWS = 24
 """Answers whose tokens are shown one by one."""
@@ -68,11 +68,9 @@ def validate(parts: Parts, step: int) -> dict[str, float]:
     return {"step": step, "rows": len(items), **scores}
 
 
-def distances(
-    parts: Parts, responses: Mapping[Condition, Sequence[Response]]
-) -> dict[Condition, list[float]]:
+def distances(parts: Parts, responses: Mapping[str, Sequence[Response]]) -> dict[str, list[float]]:
     """KL to the teacher along each model's own answers: nats a token, mean of each answer."""
-    found: dict[Condition, list[float]] = {}
+    found: dict[str, list[float]] = {}
     for condition, scored in (("base", score_base), ("baked", score)):
         answered = [r.answered for r in responses[condition]]
         found[condition] = [

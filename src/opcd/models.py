@@ -31,8 +31,8 @@ PROBES = (
 """Texts whose token ids tell two vocabularies apart."""
 
 
-MIN_SHARING_ROWS = 4
-"""Fewer rows read an opening that they share each for itself."""
+MIN_SAVED_TOKENS = 64
+"""An opening that rows share is read apart if that many tokens need not be read again."""
 PLAIN_ATTENTION_TOKENS = 512
 """Up to this length a CPU trains with plain attention, whose scores grow with its square."""
 
@@ -88,11 +88,10 @@ def shared_opening(side: Side) -> int:
 
     In steps of `WIDTH_STEP`, so that widths stay few; 0 where it would not pay.
     """
-    if len(side.ids_BS) < MIN_SHARING_ROWS:
-        return 0
     same_S = (side.ids_BS == side.ids_BS[:1]).all(0)
     same = min(int(same_S.long().cumprod(0).sum()), int(side.column_T.min()))
-    return same - same % WIDTH_STEP
+    same -= same % WIDTH_STEP
+    return same if same * (len(side.ids_BS) - 1) >= MIN_SAVED_TOKENS else 0
 
 
 def why_no_prefix(model: Any) -> str | None:
