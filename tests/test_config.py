@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from opcd.config import Run, check_files, differences, dump_config, load_config
+from opcd.config import Run, check_files, differences, dump_config, inputs, load_config
 from opcd.config.training import Frozen, TopK
 from opcd.errors import ConfigError, ContextError, TaskError
 from worlds import RUN, write_run
@@ -22,7 +22,7 @@ def system_path(run: Run) -> Path:
 
 def train_paths(run: Run) -> list[Path | str]:
     sources = run.tasks.train
-    return [s.path for s in sources if s.type == "jsonl" or s.type == "hf"]
+    return [s.path for s in sources if isinstance(s, inputs.Jsonl | inputs.HubDataset)]
 
 
 # --- loading

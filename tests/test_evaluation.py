@@ -96,15 +96,17 @@ def test_tokens_show_what_the_context_changes_and_what_is_left_of_it(
     parts = assemble(make_run(tmp_path, tiny_model_path))
     nudge(parts.student, size=0.1)
     parts.student.eval()
-    responses = respond(parts, parts.items["test"], "in_context")
+    items = parts.items["test"]
+    responses = respond(parts, items, "in_context")
     with torch.no_grad():
-        for given, row in zip(responses, token_kl(parts, responses), strict=True):
+        for given, row in zip(responses, token_kl(parts, items, responses), strict=True):
             pair, ids = given.answered.pair, given.answered.rollout.response_ids
             baked_TV = log_probs_of(parts.student, pair.student_ids, ids)
             with adapter_off(parts.student):
                 base_TV = log_probs_of(parts.student, pair.student_ids, ids)
                 teacher_TV = log_probs_of(parts.student, pair.teacher_ids, ids)
-            assert row["id"] == pair.task_id and len(row["tokens"]) == len(ids)
+            assert row["prompt"].startswith("test ") and row["id"] == pair.task_id
+            assert len(row["tokens"]) == len(ids)
             assert row["base_kl_nats"] == pytest.approx(
                 reverse_kl(teacher_TV, base_TV).tolist(), rel=1e-3, abs=1e-5
             )

@@ -49,7 +49,7 @@ def evaluate(parts: Parts, split: str, checkpoint: str) -> Evaluation:
         "seed": parts.config.seed,
     }
     answers = [_answer_row(item, responses, i) for i, item in enumerate(items)]
-    return Evaluation(summary, answers, token_kl(parts, responses["in_context"][:TOKEN_ROWS]))
+    return Evaluation(summary, answers, token_kl(parts, items, responses["in_context"]))
 
 
 def validate(parts: Parts, step: int) -> dict[str, float]:
@@ -81,13 +81,15 @@ def distances(parts: Parts, responses: Mapping[str, Sequence[Response]]) -> dict
     return found
 
 
-def token_kl(parts: Parts, responses: Sequence[Response]) -> list[dict[str, Any]]:
-    """What the context changes at each token of answers that were given with it.
+def token_kl(
+    parts: Parts, items: Sequence[Item], responses: Sequence[Response]
+) -> list[dict[str, Any]]:
+    """What the context changes at each token of the first answers that were given with it.
 
     KL(with the context || without it), in nats, of the base model and of the baked one: the
     first is what there is to bake in, the second what is left of it.
     """
-    answered = [r.answered for r in responses]
+    answered = [r.answered for r in responses[:TOKEN_ROWS]]
     found: dict[str, dict[str, Any]] = {}
     for name, scored in (("base", score_base), ("baked", score)):
         for portion, stats in scored(parts, answered, Loss(direction="forward_kl")):
@@ -95,10 +97,10 @@ def token_kl(parts: Parts, responses: Sequence[Response]) -> list[dict[str, Any]
             for given, kl_nats in rows:
                 row = found.setdefault(given.pair.task_id, {"id": given.pair.task_id})
                 row[f"{name}_kl_nats"] = kl_nats
-    for given in answered:
+    for item, given in zip(items, answered, strict=False):
         decode = parts.renderer.tokenizer.decode
         row = found[given.pair.task_id]
-        row["prompt"] = parts.renderer.decode(given.pair.student_ids)
+        row["prompt"] = item.task.messages[-1].content
         row["tokens"] = [decode([i]) for i in given.rollout.response_ids]
     return [found[given.pair.task_id] for given in answered]
 

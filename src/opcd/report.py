@@ -25,9 +25,15 @@ EXPLAINED = {
     "correct": "right, says the grader",
     "agreement": "same text as in_context",
     "truncated": "cut off at the token limit",
-    "kl_nats_per_token": "KL(base || baked) under other system messages",
+    "kl_nats_per_token": "KL(base || baked) along the base's answers",
     "greedy_agreement": "tokens that base and baked both write",
+    "length_ratio": "baked tokens over base tokens",
+    "form": "answers in the form that was baked in",
+    "quoted": "five-word runs that stand in the context",
+    "talk": "answers that speak of instructions or a prompt",
+    "task kl_nats_per_token": "KL to the teacher along a model's own answers",
 }
+"""Metric -> what it says; one suite's own meaning has the suite's name before it."""
 SIGNIFICANT = 0.05
 
 

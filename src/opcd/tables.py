@@ -1,13 +1,15 @@
 """Results as tables for a terminal."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from opcd.authoring import Authored
 from opcd.screening import Limits
 from opcd.types import CONDITIONS
+
+if TYPE_CHECKING:  # it runs a model; a table of its counts does not
+    from opcd.authoring import Authored
 
 SHARES = (
     "valid",
@@ -105,7 +107,7 @@ def answers_table(answers: Sequence[Mapping[str, Any]], count: int) -> Table:
     return table
 
 
-def authored_table(found: Authored, limits: Limits) -> Table:
+def authored_table(found: "Authored", limits: Limits) -> Table:
     """What became of every message that a model wrote."""
     likeness = f"3-word runs, Jaccard index of {limits.near_duplicate} or more"
     meaning = {
