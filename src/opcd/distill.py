@@ -87,7 +87,11 @@ def roll_out(parts: Parts, step: int) -> list[Answered]:
     config = parts.config
     parts.engine.use("student", step)
     sampling = Sampling(config.rollout.temperature, config.rollout.top_p, f"{config.seed}/{step}")
-    return answered + answer(config, parts.engine, asked, sampling)
+    # Apart, since prompts with the context are many times as long, and begin alike.
+    for returned in (False, True):
+        pairs = [pair for pair in asked if (pair.origin == "context_return") is returned]
+        answered = answered + answer(config, parts.engine, pairs, sampling)
+    return answered
 
 
 def draw_pairs(parts: Parts, step: int) -> tuple[list[PromptPair], list[PromptPair]]:
