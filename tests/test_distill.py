@@ -169,12 +169,12 @@ def test_an_anchors_teacher_is_the_base_with_the_same_prompt(
 def test_context_return_holds_the_student_to_its_base_with_the_context(
     tiny_model_path: Path, tmp_path: Path
 ) -> None:
-    """Both sides see the context, and the teacher is the base model."""
+    """Both sides see the context, and the base model gives both the answers and the scores."""
     overrides = (*LORA, "anchor.context_return=0.25")
     parts, trainer = started(tmp_path, tiny_model_path, *overrides)
     answered = roll_out(parts, 0)
     returned = [a for a in answered if a.pair.origin == "context_return"]
-    assert [a.pair.origin for a in answered] == ["task", "task", "anchor", "context_return"]
+    assert [a.pair.origin for a in answered] == ["context_return", "task", "task", "anchor"]
     by_id = {item.task.id: item.pair for item in parts.items["train"]}
     for a in returned:
         pair = by_id[a.pair.task_id.removesuffix("/context_return")]

@@ -87,11 +87,7 @@ def roll_out(parts: Parts, step: int) -> list[Answered]:
     config = parts.config
     parts.engine.use("student", step)
     sampling = Sampling(config.rollout.temperature, config.rollout.top_p, f"{config.seed}/{step}")
-    # Apart, since prompts with the context are many times as long, and begin alike.
-    for returned in (False, True):
-        pairs = [pair for pair in asked if (pair.origin == "context_return") is returned]
-        answered = answered + answer(config, parts.engine, pairs, sampling)
-    return answered
+    return answered + answer(config, parts.engine, asked, sampling)
 
 
 def draw_pairs(parts: Parts, step: int) -> tuple[list[PromptPair], list[PromptPair]]:
@@ -100,12 +96,12 @@ def draw_pairs(parts: Parts, step: int) -> tuple[list[PromptPair], list[PromptPa
     tasks = draw(parts.items["train"], config.tasks_per_step, step, config.seed)
     anchors = parts.anchors.draw(config.anchors_per_step, f"{config.seed}/{step}")
     returned = draw(parts.items["train"], config.returns_per_step, step, config.seed + 1)
-    taught: list[PromptPair] = []
+    # What the base says with the context is what is to be kept, so it gives the answers as well.
+    taught = [with_context_on_both_sides(item.pair) for item in returned[parts.own_share]]
     asked: list[PromptPair] = []
     for pairs in (
         [item.pair for item in tasks[parts.own_share]],
         parts.render_anchors(anchors[parts.own_share]),
-        [with_context_on_both_sides(item.pair) for item in returned[parts.own_share]],
     ):
         cut = round(len(pairs) * fraction)
         taught += pairs[:cut]
@@ -133,15 +129,14 @@ def answer_as_teacher(parts: Parts, step: int) -> list[Answered]:
         parts.ahead = {s: [] for s in steps}
         taught = [(s, pair) for s in steps for pair in draw_pairs(parts, s)[0]]
         sampling = Sampling(config.rollout.temperature, config.rollout.top_p, str(config.seed))
-        # Apart, since all the tasks' prompts begin with the context, which is then read once.
-        for origin, engine in (
-            ("task", parts.teacher_engine),
-            ("anchor", parts.engine),
-            ("context_return", parts.engine),
-        ):
-            mine = [(s, pair) for s, pair in taught if pair.origin == origin]
-            if not mine:
-                continue
+        engines = {"task": parts.teacher_engine}
+        groups: dict[tuple[int, bool], list[tuple[int, PromptPair]]] = {}
+        for s, pair in taught:
+            engine = engines.get(pair.origin, parts.engine)
+            # Anchors apart: all other prompts begin with the context, which is then read once.
+            groups.setdefault((id(engine), pair.origin == "anchor"), []).append((s, pair))
+        for mine in groups.values():
+            engine = engines.get(mine[0][1].origin, parts.engine)
             engine.use("base", 0)
             prompts = [prompt_of(config, pair, True, f"/{s}") for s, pair in mine]
             for (s, pair), rollout in zip(mine, engine.generate(prompts, sampling), strict=True):

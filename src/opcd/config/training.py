@@ -214,7 +214,7 @@ class Anchor(Section):
     """Of every step's prompts; 0 trains without anchors."""
     context_return: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Of every step's prompts: tasks whose student is given the context again, and is held to what
-    the base model says with it (arXiv 2606.11627)."""
+    the base model says with it, along the base model's answers (arXiv 2606.11627)."""
     path: Path | None = None
     """JSON as shipped in `opcd/anchors.json`; default: that set."""
     max_new_tokens: Count = 16
