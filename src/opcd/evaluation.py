@@ -69,10 +69,10 @@ def validate(parts: Parts, step: int) -> dict[str, float]:
 
 
 def distances(parts: Parts, responses: Mapping[str, Sequence[Response]]) -> dict[str, list[float]]:
-    """KL to the teacher along each model's own answers: nats a token, mean of each answer."""
+    """KL to the teacher along each model's own first answers: nats a token, mean of each one."""
     found: dict[str, list[float]] = {}
     for condition, scored in (("base", score_base), ("baked", score)):
-        answered = [r.answered for r in responses[condition]]
+        answered = [r.answered for r in responses[condition][: parts.config.evaluation.suite_rows]]
         found[condition] = [
             mean(row)
             for portion, stats in scored(parts, answered, Loss())

@@ -236,7 +236,7 @@ class Evaluation(Section):
     kept_rows: Count = 64
     """Prompts in the `kept` and in the `spill` suite."""
     suite_rows: Count = 48
-    """Task rows of `context_return`."""
+    """Task rows of `context_return`, and of the KL to the teacher along a model's own answers."""
     temperature: Annotated[float, Field(ge=0.0)] = 0.0
     """0 is greedy."""
     select_by: str = "correct"
