@@ -67,3 +67,11 @@ def test_scripts_without_spaces_are_compared_by_character() -> None:
 def test_a_threshold_that_means_nothing_is_refused(threshold: float) -> None:
     with pytest.raises(ValueError, match="above 0 and at most 1"):
         near_duplicates(["a"], threshold)
+
+
+def test_quoted_share_counts_runs_of_words() -> None:
+    source = "One two three four five six."
+    assert quoted_share("one TWO three, four five", source, 5) == 1.0
+    assert quoted_share("zero one two three four five", source, 5) == 0.5
+    assert quoted_share("five four three two one", source, 5) == 0.0
+    assert quoted_share("one two three", source, 5) == 0.0, "shorter than a run"

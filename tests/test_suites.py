@@ -9,7 +9,7 @@ from opcd import suites
 from opcd.adapters import adapter_off
 from opcd.assembly import Parts, assemble
 from opcd.responses import ask, respond
-from opcd.suites import bare, context_return, kept, leak, measure_suites, quoted_share, spill
+from opcd.suites import bare, context_return, kept, leak, measure_suites, spill
 from opcd.types import Message, Task
 from tiny import log_probs_of, make_run, nudge, parts_of, reverse_kl
 
@@ -134,14 +134,6 @@ def test_leak_finds_recitation_and_talk(tiny_model_path: Path, tmp_path: Path) -
     assert suite["baked"]["talk"]["mean"] == 1.0 and suite["base"]["talk"]["mean"] == 0.0
     assert suite["baked"]["quoted"]["mean"] == pytest.approx(4 / 6)
     assert suite["base"]["quoted"]["mean"] == 0.0
-
-
-def test_quoted_share_counts_runs_of_words() -> None:
-    source = "One two three four five six."
-    assert quoted_share("one TWO three, four five", source) == 1.0
-    assert quoted_share("zero one two three four five", source) == 0.5
-    assert quoted_share("five four three two one", source) == 0.0
-    assert quoted_share("one two three", source) == 0.0, "shorter than a run"
 
 
 def test_an_untrained_student_costs_nothing(

@@ -9,7 +9,7 @@ sees it, scores those very tokens; one optimiser step towards the teacher.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, get_args
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from opcd.adapters import trainable
 from opcd.assembly import Parts
-from opcd.batching import collate
+from opcd.batching import Batch, collate
 from opcd.config import Run
 from opcd.config.training import Direction, Loss
 from opcd.divergence import TokenStats
@@ -26,6 +26,7 @@ from opcd.errors import DivergedError, RolloutError
 from opcd.rollouts.engine import Prompt, RolloutEngine, Sampling
 from opcd.tally import Tally, peak_bytes, release_memory
 from opcd.tasks import draw
+from opcd.teachers import LocalTeacher
 from opcd.types import Answered, Origin, PromptPair
 
 AHEAD_STEPS = 10
@@ -129,14 +130,15 @@ def answer_as_teacher(parts: Parts, step: int) -> list[Answered]:
         parts.ahead = {s: [] for s in steps}
         taught = [(s, pair) for s in steps for pair in draw_pairs(parts, s)[0]]
         sampling = Sampling(config.rollout.temperature, config.rollout.top_p, str(config.seed))
-        engines = {"task": parts.teacher_engine}
+        engines: dict[Origin, RolloutEngine] = dict.fromkeys(get_args(Origin), parts.engine)
+        engines["task"] = parts.teacher_engine
         groups: dict[tuple[int, bool], list[tuple[int, PromptPair]]] = {}
         for s, pair in taught:
-            engine = engines.get(pair.origin, parts.engine)
             # Anchors apart: all other prompts begin with the context, which is then read once.
-            groups.setdefault((id(engine), pair.origin == "anchor"), []).append((s, pair))
+            key = id(engines[pair.origin]), pair.origin == "anchor"
+            groups.setdefault(key, []).append((s, pair))
         for mine in groups.values():
-            engine = engines.get(mine[0][1].origin, parts.engine)
+            engine = engines[mine[0][1].origin]
             engine.use("base", 0)
             prompts = [prompt_of(config, pair, True, f"/{s}") for s, pair in mine]
             for (s, pair), rollout in zip(mine, engine.generate(prompts, sampling), strict=True):
@@ -150,9 +152,15 @@ def answer(
     pairs: Sequence[PromptPair],
     sampling: Sampling,
     with_context: bool = False,
+    max_new_tokens: int | None = None,
 ) -> list[Answered]:
-    """Each pair with a response to its student prompt, or to its teacher prompt."""
+    """Each pair with a response to its student prompt, or to its teacher prompt.
+
+    As long as the run lets it be, unless `max_new_tokens` says otherwise.
+    """
     prompts = [prompt_of(config, pair, with_context) for pair in pairs]
+    if max_new_tokens:
+        prompts = [replace(prompt, max_new_tokens=max_new_tokens) for prompt in prompts]
     rollouts = engine.generate(prompts, sampling)
     return [Answered(pair, rollout) for pair, rollout in zip(pairs, rollouts, strict=True)]
 
@@ -212,11 +220,7 @@ def accumulate(parts: Parts, answered: Sequence[Answered], loss: Loss, tally: Ta
     total = tally.sums["sequences" if loss.reduction == "sequence" else "tokens"]
     parts.distiller.train()
     for portion in portions:
-        origin = portion[0].pair.origin
-        teacher = parts.teacher if origin == "task" else parts.base
-        prefix_tokens = teacher.prefix_tokens if origin != "anchor" else 0
-        batch = collate([a.pair for a in portion], [a.rollout for a in portion], prefix_tokens)
-        batch = batch.to(accelerator.device)
+        teacher, batch = batch_of(parts, portion)
         with tally.timed("teacher_s"):
             teacher_TD = teacher.hidden(batch.teacher)
         waits = portion is not portions[-1]
@@ -229,7 +233,17 @@ def accumulate(parts: Parts, answered: Sequence[Answered], loss: Loss, tally: Ta
             # Data-parallel training averages over processes; the total is over all of them.
             accelerator.backward(loss_nats * accelerator.num_processes)
         tally.add("loss_nats", loss_nats.item())
-        add_stats(tally, stats, origin)
+        add_stats(tally, stats, portion[0].pair.origin)
+
+
+def batch_of(parts: Parts, portion: Sequence[Answered]) -> tuple[LocalTeacher, Batch]:
+    """Who scores a portion of one origin, and its batch, without what that teacher has read."""
+    origin = portion[0].pair.origin
+    teacher = parts.teacher if origin == "task" else parts.base
+    # The context opens all prompts but those of anchors.
+    prefix_tokens = teacher.prefix_tokens if origin != "anchor" else 0
+    batch = collate([a.pair for a in portion], [a.rollout for a in portion], prefix_tokens)
+    return teacher, batch.to(parts.accelerator.device)
 
 
 def cut_portions(answered: Sequence[Answered], rows: int) -> list[list[Answered]]:

@@ -12,7 +12,16 @@ from typing import Any
 from opcd.assembly import Item, Parts
 from opcd.config.training import Loss
 from opcd.intervals import estimate, mcnemar
-from opcd.responses import Response, by_metric, by_row, mean, respond, rows_of, score, score_base
+from opcd.responses import (
+    Response,
+    by_metric,
+    mean,
+    nats_by_row,
+    respond,
+    rows_of,
+    score,
+    score_base,
+)
 from opcd.suites import measure_suites
 from opcd.types import CONDITIONS
 
@@ -73,11 +82,7 @@ def distances(parts: Parts, responses: Mapping[str, Sequence[Response]]) -> dict
     found: dict[str, list[float]] = {}
     for condition, scored in (("base", score_base), ("baked", score)):
         answered = [r.answered for r in responses[condition][: parts.config.evaluation.suite_rows]]
-        found[condition] = [
-            mean(row)
-            for portion, stats in scored(parts, answered, Loss())
-            for row in by_row(stats.divergence_T, portion)
-        ]
+        found[condition] = [mean(row) for _, row in nats_by_row(scored(parts, answered, Loss()))]
     return found
 
 
@@ -92,11 +97,10 @@ def token_kl(
     answered = [r.answered for r in responses[:TOKEN_ROWS]]
     found: dict[str, dict[str, Any]] = {}
     for name, scored in (("base", score_base), ("baked", score)):
-        for portion, stats in scored(parts, answered, Loss(direction="forward_kl")):
-            rows = zip(portion, by_row(stats.divergence_T, portion), strict=True)
-            for given, kl_nats in rows:
-                row = found.setdefault(given.pair.task_id, {"id": given.pair.task_id})
-                row[f"{name}_kl_nats"] = kl_nats
+        scores = scored(parts, answered, Loss(direction="forward_kl"))
+        for given, kl_nats in nats_by_row(scores):
+            row = found.setdefault(given.pair.task_id, {"id": given.pair.task_id})
+            row[f"{name}_kl_nats"] = kl_nats
     for item, given in zip(items, answered, strict=False):
         decode = parts.renderer.tokenizer.decode
         row = found[given.pair.task_id]

@@ -14,8 +14,8 @@ from opcd.intervals import Estimate, estimate, mcnemar
 from opcd.responses import (
     Response,
     by_metric,
-    by_row,
     mean,
+    nats_by_row,
     respond,
     rows_of,
     score_base,
@@ -50,11 +50,8 @@ def measure_gap(parts: Parts) -> dict[str, Any]:
     items = rows_of(parts, "validation", parts.config.evaluation.validation_rows)
     base, in_context = (respond(parts, items, c) for c in ("base", "in_context"))
     answered = [r.answered for r in in_context]
-    kl_nats = [
-        row
-        for portion, stats in score_base(parts, answered, Loss(direction="forward_kl"))
-        for row in by_row(stats.divergence_T, portion)
-    ]
+    scored = score_base(parts, answered, Loss(direction="forward_kl"))
+    kl_nats = [row for _, row in nats_by_row(scored)]
     least = {a.pair.task_id: min(row) for a, row in teacher_margins(parts, answered)}
     margins = sorted(least.values())
     return {

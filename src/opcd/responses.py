@@ -1,15 +1,14 @@
 """Answers to prompts under a condition: sampled, graded, scored token by token."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from opcd.assembly import Item, Parts
-from opcd.batching import Batch, collate
 from opcd.chunking import chunked_stats
 from opcd.config.training import Loss
-from opcd.distill import cut_portions, prompt_of
+from opcd.distill import answer, batch_of, cut_portions
 from opcd.divergence import TokenStats
 from opcd.errors import TaskError
 from opcd.rollouts.engine import Policy, Sampling
@@ -57,11 +56,8 @@ def ask(
     """One response to each prompt under a condition; greedy, unless told otherwise."""
     policy, with_context = ASKED[condition]
     parts.engine.use(policy, parts.config.steps + 1)
-    prompts = [prompt_of(parts.config, pair, with_context) for pair in pairs]
-    if max_new_tokens:
-        prompts = [replace(prompt, max_new_tokens=max_new_tokens) for prompt in prompts]
-    rollouts = parts.engine.generate(prompts, sampling or Sampling())
-    return [Answered(pair, rollout) for pair, rollout in zip(pairs, rollouts, strict=True)]
+    sampling = sampling or Sampling()
+    return answer(parts.config, parts.engine, pairs, sampling, with_context, max_new_tokens)
 
 
 def respond(parts: Parts, items: Sequence[Item], condition: Condition) -> list[Response]:
@@ -87,8 +83,8 @@ def score(
 ) -> Iterator[tuple[list[Answered], TokenStats]]:
     """Statistics of each response token against its teacher, portion by portion."""
     parts.distiller.eval()
-    for portion, batch in _batches(parts, answered):
-        teacher = parts.teacher if portion[0].pair.origin == "task" else parts.base
+    for portion in cut_portions(answered, parts.config.batch.rows_per_forward):
+        teacher, batch = batch_of(parts, portion)
         yield portion, parts.distiller(batch, teacher.hidden(batch.teacher), teacher.head, loss)
 
 
@@ -97,8 +93,8 @@ def score_base(
     parts: Parts, answered: Sequence[Answered], loss: Loss
 ) -> Iterator[tuple[list[Answered], TokenStats]]:
     """The same for the base model in the student's place: what the context alone changes."""
-    for portion, batch in _batches(parts, answered):
-        teacher = parts.teacher if portion[0].pair.origin == "task" else parts.base
+    for portion in cut_portions(answered, parts.config.batch.rows_per_forward):
+        teacher, batch = batch_of(parts, portion)
         teacher_TD, base_TD = teacher.hidden(batch.teacher), parts.base.hidden(batch.student)
         sides = base_TD, parts.base.head, teacher_TD, teacher.head
         yield portion, chunked_stats(*sides, batch.response_T, loss)
@@ -109,12 +105,10 @@ def teacher_margins(
     parts: Parts, answered: Sequence[Answered]
 ) -> Iterator[tuple[Answered, list[float]]]:
     """How far the teacher's likeliest token is ahead of the next, in nats, at each token."""
-    for portion, batch in _batches(parts, answered):
-        teacher_TD = parts.teacher.hidden(batch.teacher)
-        chunks = teacher_TD.split(parts.config.loss.chunk_tokens)
-        first_two_T2 = torch.cat(
-            [parts.teacher.head(chunk_CD).topk(2).values for chunk_CD in chunks]
-        )
+    for portion in cut_portions(answered, parts.config.batch.rows_per_forward):
+        teacher, batch = batch_of(parts, portion)
+        chunks = teacher.hidden(batch.teacher).split(parts.config.loss.chunk_tokens)
+        first_two_T2 = torch.cat([teacher.head(chunk_CD).topk(2).values for chunk_CD in chunks])
         apart_T = first_two_T2[:, 0] - first_two_T2[:, 1]
         yield from zip(portion, by_row(apart_T, portion), strict=True)
 
@@ -128,6 +122,14 @@ def by_metric(responses: Sequence[Response]) -> dict[str, list[float]]:
     return values
 
 
+def nats_by_row(
+    scored: Iterable[tuple[list[Answered], TokenStats]],
+) -> Iterator[tuple[Answered, list[float]]]:
+    """Each response of `score` or `score_base`, with the divergence at each of its tokens."""
+    for portion, stats in scored:
+        yield from zip(portion, by_row(stats.divergence_T, portion), strict=True)
+
+
 def by_row(values_T: torch.Tensor, portion: Sequence[Answered]) -> list[list[float]]:
     """Values of flattened tokens, one list for each response."""
     parts_T = values_T.split([len(a.rollout.response_ids) for a in portion])
@@ -137,11 +139,3 @@ def by_row(values_T: torch.Tensor, portion: Sequence[Answered]) -> list[list[flo
 def mean(values: Sequence[float]) -> float:
     """The arithmetic mean."""
     return sum(values) / len(values)
-
-
-def _batches(parts: Parts, answered: Sequence[Answered]) -> Iterator[tuple[list[Answered], Batch]]:
-    for portion in cut_portions(answered, parts.config.batch.rows_per_forward):
-        is_task = portion[0].pair.origin == "task"
-        prefix_tokens = parts.teacher.prefix_tokens if is_task else 0
-        batch = collate([a.pair for a in portion], [a.rollout for a in portion], prefix_tokens)
-        yield portion, batch.to(parts.accelerator.device)

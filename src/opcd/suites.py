@@ -20,8 +20,9 @@ from opcd.config.training import Loss
 from opcd.contexts import load_context
 from opcd.graders import form_of, grade_contains, grade_exact
 from opcd.intervals import estimate
+from opcd.near_duplicates import quoted_share
 from opcd.other_contexts import load_other_contexts
-from opcd.responses import Response, ask, by_metric, by_row, mean, respond, score
+from opcd.responses import Response, ask, by_metric, mean, nats_by_row, respond, score
 from opcd.types import Answered, Context, Message, PromptPair, Task
 
 Suite = dict[str, dict[str, Any]]
@@ -159,22 +160,16 @@ def leak(parts: Parts) -> Suite:
     suite: Suite = {}
     tasks = [Task(f"leak-{i}", (Message("user", p),)) for i, p in enumerate(LEAK_PROMPTS)]
     context, pairs = load_context(parts.config.context, tasks[0]), with_run_context(parts, tasks)
-    source = " ".join((context.system, *(m.content for m in context.examples)))
+    around = context.user_template.replace("{prompt}", " ")
+    source = " ".join((context.system, around, *(m.content for m in context.examples)))
     for condition in ("base", "in_context", "baked"):
         answered = ask(parts, pairs, condition, max_new_tokens=LEAK_TOKENS)
         texts = [_text(parts, a) for a in answered]
         suite[condition] = {
-            "quoted": estimate([quoted_share(text, source) for text in texts]).as_json(),
+            "quoted": estimate([quoted_share(t, source, QUOTED_WORDS) for t in texts]).as_json(),
             "talk": estimate([float(bool(TALK.search(text))) for text in texts]).as_json(),
         }
     return suite
-
-
-def quoted_share(text: str, source: str, words: int = QUOTED_WORDS) -> float:
-    """The share of a text's runs of so many words that stand in the source; 0 for shorter texts."""
-    runs = _runs(text, words)
-    known = set(_runs(source, words))
-    return sum(run in known for run in runs) / len(runs) if runs else 0.0
 
 
 def with_run_context(parts: Parts, tasks: Sequence[Task]) -> list[PromptPair]:
@@ -194,11 +189,8 @@ def _beside_base(
 ) -> tuple[list[Answered], list[Answered], Suite]:
     """Greedy answers of base and baked, and how far the one is from the other."""
     base, baked = ask(parts, pairs, "base"), ask(parts, pairs, "baked")
-    kl_nats = [
-        mean(row)
-        for portion, stats in score(parts, base, Loss(direction="forward_kl"))
-        for row in by_row(stats.divergence_T, portion)
-    ]
+    scored = score(parts, base, Loss(direction="forward_kl"))
+    kl_nats = [mean(row) for _, row in nats_by_row(scored)]
     both = list(zip(base, baked, strict=True))
     agreement = [_agreement(a, b) for a, b in both]
     ratio = [len(b.rollout.response_ids) / len(a.rollout.response_ids) for a, b in both]
@@ -214,11 +206,6 @@ def _agreement(first: Answered, second: Answered) -> float:
     ours, theirs = first.rollout.response_ids, second.rollout.response_ids
     same = sum(a == b for a, b in zip(ours, theirs, strict=False))
     return same / max(len(ours), len(theirs))
-
-
-def _runs(text: str, words: int) -> list[tuple[str, ...]]:
-    found = re.findall(r"\w+", text.lower())
-    return [tuple(found[i : i + words]) for i in range(len(found) - words + 1)]
 
 
 def _text(parts: Parts, answered: Answered) -> str:
