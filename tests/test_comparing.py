@@ -18,7 +18,7 @@ from opcd.comparing import (
     spread,
     with_seed,
 )
-from opcd.config import Run, read_rates
+from opcd.config import Run, derive, read_rates
 from opcd.errors import ConfigError, RunFolderError
 from opcd.runs import check_free, open_run, read_jsonl
 from tiny import make_run
@@ -150,6 +150,14 @@ def test_a_search_chooses_on_validation(
     assert [row["run"] for row in found["rows"]] == ["tiny-lr0.1", "tiny-lr0.2", "tiny-lr0.3"]
     assert json.loads((run.out / "tiny" / "search.json").read_text("utf-8")) == found
     check_free(run)  # the run itself can still be started
+
+
+def test_a_search_without_validation_trains_nothing(tiny_model_path: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path, tiny_model_path)
+    blind = derive(run, tasks={"validation": []})
+    with pytest.raises(ConfigError, match="no validation split, so no learning rate can be chosen"):
+        search(blind, (0.1, 0.2), pytest.fail)
+    assert not (run.out / "tiny-lr0.1").exists()
 
 
 @pytest.mark.parametrize("text", ["", "1e-4", "1e-4,x", "1e-4,-1", "1e-4,1e-4", "2,3"])

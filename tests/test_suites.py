@@ -124,10 +124,20 @@ def test_other_contexts_are_graded_for_base_and_baked(
     assert suite["baked"]["correct"]["mean"] == 0.5
 
 
-def test_leak_finds_recitation_and_talk(tiny_model_path: Path, tmp_path: Path) -> None:
-    """A baked model that recites its context is caught; one that does not is not."""
+IN_USER_TURN = (
+    'context={type="document", path="recipe/system.md", placement="user", '
+    'template="{document} {prompt}"}'
+)
+
+
+@pytest.mark.parametrize("where", [(), (IN_USER_TURN,)], ids=["system", "user"])
+def test_leak_finds_recitation_and_talk(
+    tiny_model_path: Path, tmp_path: Path, where: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A baked model that recites its context, wherever that stood, is caught; another is not."""
     secret = "I hide it in my old red box"
-    parts = parts_of(make_run(tmp_path, tiny_model_path, system=secret))
+    monkeypatch.chdir(tmp_path)
+    parts = parts_of(make_run(tmp_path, tiny_model_path, *where, system=secret))
     told = (*parts.renderer.encode(f"My prompt: {secret}"), 2)
     parts.engine.script = lambda policy, _: told if policy == "student" else (7, 2)  # type: ignore[attr-defined]
     suite = leak(parts)

@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opcd.config import Run, derive, differences
-from opcd.errors import RunFolderError
+from opcd.config import Run, derive
+from opcd.errors import ConfigError, RunFolderError
 from opcd.intervals import mcnemar
 from opcd.programs import evaluate_run, read_evaluation
-from opcd.runs import RunFolder, open_run, read_best, read_jsonl, write_json
-from opcd.training import FREE_TO_CHANGE, train
+from opcd.runs import RunFolder, make_folder, open_run, read_best, read_jsonl, write_json
+from opcd.training import check_resumable, train
 
 Say = Callable[[str], object]
 
@@ -84,13 +84,7 @@ def ensure_trained(run: Run, say: Say) -> RunFolder:
     """
     folder = RunFolder(run.out / run.name)
     if folder.config.is_file():
-        _, started_as = open_run(folder.path)
-        changed = [d for d in differences(started_as, run) if not d.startswith(FREE_TO_CHANGE)]
-        if changed:
-            raise RunFolderError(
-                f"{folder.path} is a run with other values:\n  " + "\n  ".join(changed) + "\n"
-                "Remove it, or give name=... another value"
-            )
+        check_resumable(run)
         if sum(1 for _ in read_jsonl(folder.metrics)) >= run.steps and folder.best.is_dir():
             return folder
     say(f"training {folder.path}")
@@ -202,8 +196,14 @@ def search(run: Run, rates: Sequence[float], say: Say) -> dict[str, Any]:
     """Train with each learning rate, choose on validation; write and return `search.json`.
 
     Raises:
+        ConfigError: the run has no validation split to choose on; nothing was trained.
         RunFolderError: a folder holds a run with other values.
     """
+    if not run.tasks.validation and not run.tasks.validation_share:
+        raise ConfigError(
+            f"{run.name} has no validation split, so no learning rate can be chosen; add "
+            "tasks.validation or tasks.validation_share"
+        )
     rows: list[dict[str, Any]] = []
     for rate in rates:
         one = derive(run, name=f"{run.name}-lr{rate:g}", optimizer={"lr": rate})
@@ -211,16 +211,8 @@ def search(run: Run, rates: Sequence[float], say: Say) -> dict[str, Any]:
         rows.append({"lr": rate, "run": one.name, **best})
     name = rows[0]["chosen_by"]
     sign = -1.0 if name == "kl_nats_per_token" else 1.0
-    if name in rows[0]:
-        # Equal shares of right answers are told apart by the distance to the teacher.
-        chosen = max(rows, key=lambda row: (sign * row[name], -row["kl_nats_per_token"]))
-    else:
-        raise RunFolderError(
-            f"{run.name} has no validation split, so no learning rate can be chosen; add "
-            "tasks.validation or tasks.validation_share"
-        )
+    # Equal shares of right answers are told apart by the distance to the teacher.
+    chosen = max(rows, key=lambda row: (sign * row[name], -row["kl_nats_per_token"]))
     found = {"split": "validation", "selected_by": name, "chosen": chosen["lr"], "rows": rows}
-    folder = RunFolder(run.out / run.name)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    write_json(folder.search, found)
+    write_json(make_folder(run).search, found)
     return found

@@ -8,13 +8,14 @@ from opcd.adapters import load_weights
 from opcd.assembly import Item, Parts, assemble
 from opcd.config import Run
 from opcd.contexts import load_context
-from opcd.errors import ContextError, RunFolderError
+from opcd.errors import ContextError
 from opcd.evaluation import CONDITIONS, Evaluation, evaluate
 from opcd.gap import measure_gap
 from opcd.responses import respond
 from opcd.runs import (
     RunFolder,
     append_jsonl,
+    make_folder,
     open_run,
     read_best,
     read_jsonl,
@@ -38,11 +39,8 @@ def open_baked(path: Path) -> tuple[RunFolder, Parts, int]:
 
 def gap_of(config: Run) -> dict[str, Any]:
     """Measure what a run's context changes, before any training, and write `gap.json`."""
-    folder = RunFolder(config.out / config.name)
-    if folder.path.is_file():
-        raise RunFolderError(f"{folder.path} is a file; give name=... another value")
+    folder = make_folder(config)
     found = measure_gap(assemble(config))
-    folder.path.mkdir(parents=True, exist_ok=True)
     write_json(folder.gap, found)
     return found
 

@@ -107,24 +107,33 @@ def create_run(config: Run, overwrite: bool = False) -> RunFolder:
     Raises:
         RunFolderError: it exists and may not be overwritten.
     """
-    folder = check_free(config, overwrite)
-    for path in folder.path.iterdir() if folder.path.exists() else ():
+    check_free(config, overwrite)
+    folder = make_folder(config)
+    for path in folder.path.iterdir():
         if path not in (folder.gap, folder.search):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    folder.path.mkdir(parents=True, exist_ok=True)
     write_text(folder.config, dump_config(config))
     return folder
 
 
-def check_free(config: Run, overwrite: bool = False) -> RunFolder:
-    """The folder that a new run may have.
+def make_folder(config: Run) -> RunFolder:
+    """The folder for what is written about a run, before it is started too.
+
+    Raises:
+        RunFolderError: a file is in its place.
+    """
+    folder = _folder_of(config)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def check_free(config: Run, overwrite: bool = False) -> None:
+    """Refuse a folder that a new run may not have; it is not made yet.
 
     Raises:
         RunFolderError: it exists and may not be overwritten.
     """
-    folder = RunFolder(config.out / config.name)
-    if folder.path.is_file():
-        raise RunFolderError(f"{folder.path} is a file; give name=... another value")
+    folder = _folder_of(config)
     found = set(folder.path.iterdir()) if folder.path.exists() else set[Path]()
     others = found - {folder.gap, folder.search}
     if others and not overwrite:
@@ -137,7 +146,6 @@ def check_free(config: Run, overwrite: bool = False) -> RunFolder:
             f"{folder.path} exists but is not a run (it has no config.json), so it is not "
             "deleted; give name=... another value"
         )
-    return folder
 
 
 def open_run(path: str | Path) -> tuple[RunFolder, Run]:
@@ -200,6 +208,13 @@ def rewind_jsonl(path: Path, steps: int) -> None:
     """Drop the rows of steps from `steps` on, which a resumed run will write again."""
     rows = [row for row in read_jsonl(path) if row["step"] < steps]
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _folder_of(config: Run) -> RunFolder:
+    folder = RunFolder(config.out / config.name)
+    if folder.path.is_file():
+        raise RunFolderError(f"{folder.path} is a file; give name=... another value")
+    return folder
 
 
 def _is_nonfinite(value: Any) -> bool:
