@@ -29,6 +29,8 @@ CACHED = Request(Fraction(1100), Fraction(20), shared_tokens=1000)
 BAKED = Request(Fraction(100), Fraction(20))
 REQUESTS = {"in_context": IN_CONTEXT, "in_context_cached": CACHED, "baked": BAKED}
 
+MOST: dict[Origin, int] = {"anchor": 8, "context_return": 16}
+
 ABOVE_0 = st.fractions(min_value=Fraction(1, 100))
 
 
@@ -152,7 +154,7 @@ def test_training_counts_prompts_by_who_read_them() -> None:
     ]
     seconds = {"rollout_s": 1.0, "teacher_s": 2.0, "train_s": 3.0, "wall_s": 6.5}
     metrics = [{"response_tokens": n, **seconds} for n in (20, 12)]
-    rows = {row["part"]: row for row in training_rows(steps, metrics, 30, anchor_tokens=8)}
+    rows = {row["part"]: row for row in training_rows(steps, metrics, 30, MOST)}
     taught, asked = rows["answers, by the teacher"], rows["answers, by the student"]
     assert (asked["prompt_tokens"], taught["prompt_tokens"]) == (14 + 5, 40 + 42 + 5 + 40)
     assert (asked["task_response_tokens"], taught["task_response_tokens"]) == (6, 20 + 6)
@@ -170,3 +172,19 @@ def test_training_counts_prompts_by_who_read_them() -> None:
     ]
     assert rows["all"]["wall_s"] == 13.0
     assert rows["all"]["task_response_tokens"] == 3 * 32
+
+
+def test_tasks_with_the_context_are_neither_tasks_nor_anchors() -> None:
+    """They share the context with the tasks, and their answers may be as long as a task's."""
+    returned = pair(40, 40, "context_return")
+    steps = [StepPrompts(taught=[returned, returned, pair(10, 40)], asked=[pair(5, 5, "anchor")])]
+    metrics = [
+        {"response_tokens": 20, "rollout_s": 1.0, "teacher_s": 1.0, "train_s": 1.0, "wall_s": 3.0}
+    ]
+    rows = {row["part"]: row for row in training_rows(steps, metrics, 30, MOST)}
+    scores = rows["teacher scores"]
+    assert scores["prompt_tokens"] == 3 * 40 + 5
+    assert scores["prompt_tokens_with_shared_once"] == 3 * 40 + 5 - 2 * 30
+    assert scores["context_return_response_tokens_at_most"] == 2 * 16
+    assert scores["anchor_response_tokens_at_most"] == 8
+    assert rows["answers, by the teacher"]["task_response_tokens"] == 20

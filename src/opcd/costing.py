@@ -31,6 +31,7 @@ from opcd.responses import rows_of
 from opcd.rollouts.hf import MIN_PREFIX_TOKENS
 from opcd.runs import RunFolder, open_run, read_best, read_jsonl, write_json
 from opcd.timing import REPETITIONS, Served, describe_machine, time_conditions
+from opcd.types import Origin
 
 Row = dict[str, Any]
 NO_ALTERNATIVES = Alternatives()
@@ -186,8 +187,11 @@ def count_training(parts: Parts, metrics: Sequence[Row]) -> list[Row]:
     answer a prompt more or less.
     """
     steps = [StepPrompts(*draw_pairs(parts, row["step"])) for row in metrics]
-    anchor_tokens = parts.config.anchor.max_new_tokens
-    return training_rows(steps, metrics, parts.teacher.prefix_tokens, anchor_tokens)
+    most: dict[Origin, int] = {
+        "anchor": parts.config.anchor.max_new_tokens,
+        "context_return": parts.config.rollout.max_new_tokens,
+    }
+    return training_rows(steps, metrics, parts.teacher.prefix_tokens, most)
 
 
 def notes(prices: Prices, model: Any, sharing: Sharing, parts: Parts) -> list[tuple[str, str]]:
@@ -197,7 +201,7 @@ def notes(prices: Prices, model: Any, sharing: Sharing, parts: Parts) -> list[tu
         ("prefill", f"times are {machine}: medians of {REPETITIONS}, with lowest and highest"),
         (
             "training",
-            "prompts and tasks' responses are counted, anchors' responses are at most so many; "
+            "prompts and tasks' responses are counted, other responses are at most so many; "
             "where student and teacher shared the tasks of a step, its response tokens are "
             "divided by their numbers of tasks, an estimate; loading, validation "
             "and checkpoints are in neither tokens nor seconds",

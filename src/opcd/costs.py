@@ -5,13 +5,14 @@ break-even is exact.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Any, NamedTuple
 
 from opcd.errors import CostsError
-from opcd.types import PromptPair
+from opcd.types import Origin, PromptPair
 
 OPTIONS = {
     "input_per_million_tokens": "--input-price",
@@ -149,19 +150,19 @@ def training_rows(
     steps: Sequence[StepPrompts],
     metrics: Sequence[Mapping[str, Any]],
     shared_tokens: int,
-    anchor_tokens: int,
+    most_tokens: Mapping[Origin, int],
 ) -> list[Row]:
     """Tokens and seconds of a run's steps: answering, the teacher's pass, the student's.
 
-    Prompts and the tasks' responses are counted. Anchors' responses were not, so they are given
-    as the most they can have been; where student and teacher both answered tasks of one step,
-    its response tokens are divided by their numbers of tasks.
+    Prompts and the tasks' responses are counted. Those to anchors and to tasks with the context
+    were not, so they are given as the most they can have been; where student and teacher both
+    answered tasks of one step, its response tokens are divided by their numbers of tasks.
 
     Args:
         steps: the prompts of each step.
         metrics: the rows of `metrics.jsonl`, in the same order.
         shared_tokens: the context that the teacher has read once; 0 where it read every prompt.
-        anchor_tokens: the most that an anchor's response may have.
+        most_tokens: the most that a response to an anchor and to a context_return may have.
     """
     taught = [pair for step in steps for pair in step.taught]
     asked = [pair for step in steps for pair in step.asked]
@@ -189,7 +190,8 @@ def training_rows(
     rows.insert(2, _with_wall(_sum("answers, both", answers), seconds["rollout_s"]))
     rows.append(_with_wall(_sum("all", [*answers, *passes]), seconds["wall_s"]))
     for row in rows:
-        row["anchor_response_tokens_at_most"] = row.pop("anchors") * anchor_tokens
+        for origin, most in most_tokens.items():
+            row[f"{origin}_response_tokens_at_most"] = row.pop(origin) * most
     return rows
 
 
@@ -263,15 +265,18 @@ def _taught_share(step: StepPrompts) -> Fraction:
 def _pass(
     part: str, pairs: Sequence[PromptPair], response_tokens: int, with_context: bool, shared: int
 ) -> Row:
-    tasks = sum(pair.origin == "task" for pair in pairs)
+    count = Counter(pair.origin for pair in pairs)
+    # All prompts but those of anchors begin with the context, on the teacher's side.
+    sharing = len(pairs) - count["anchor"]
     tokens = sum(len(p.teacher_ids if with_context else p.student_ids) for p in pairs)
     return {
         "part": part,
         "sequences": len(pairs),
         "prompt_tokens": tokens,
-        "prompt_tokens_with_shared_once": tokens - max(tasks - 1, 0) * shared,
+        "prompt_tokens_with_shared_once": tokens - max(sharing - 1, 0) * shared,
         "task_response_tokens": response_tokens,
-        "anchors": len(pairs) - tasks,
+        "anchor": count["anchor"],
+        "context_return": count["context_return"],
     }
 
 
