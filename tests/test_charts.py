@@ -60,3 +60,24 @@ def test_without_anchors_their_kl_is_no_curve(tmp_path: Path) -> None:
     (run / "config.json").write_text(json.dumps(config))
     names = [chart.name for chart in charts_of(read_findings([run]))]
     assert "anchor_kl_nats_per_token" not in names
+
+
+def test_what_returns_with_the_context_has_a_curve_where_something_does(tmp_path: Path) -> None:
+    run = measured_run(tmp_path / "a")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kl = "context_return_kl_nats_per_token"
+    write_jsonl(run / "metrics.jsonl", [row | {kl: 0.1} for row in rows])
+    assert kl not in [chart.name for chart in charts_of(read_findings([run]))]
+    config = json.loads((run / "config.json").read_text())
+    config["anchor"]["context_return"] = 0.1
+    (run / "config.json").write_text(json.dumps(config))
+    assert kl in [chart.name for chart in charts_of(read_findings([run]))]
+
+
+def test_how_many_rows_have_a_metric_is_no_curve(tmp_path: Path) -> None:
+    run = measured_run(tmp_path / "a")
+    rows = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
+    classes = {"correct_no": 0.5, "rows_correct_no": 2}
+    write_jsonl(run / "validation.jsonl", [row | classes for row in rows])
+    names = [chart.name for chart in charts_of(read_findings([run]))]
+    assert "validation_correct_no" in names and "validation_rows_correct_no" not in names

@@ -13,13 +13,18 @@ LOG_RATIO = 50
 TRAINING = (
     ("kl_nats_per_token", "KL to the teacher", "nats per token"),
     ("anchor_kl_nats_per_token", "KL to the base model on anchors", "nats per token"),
+    (
+        "context_return_kl_nats_per_token",
+        "KL to the base model, the context given again",
+        "nats per token",
+    ),
     ("student_entropy_nats", "Entropy of the student", "nats"),
     ("tokens_per_response", "Response length", "tokens per response"),
     ("truncated_fraction", "Responses cut off", "% of responses"),
 )
 """Key in metrics.jsonl, title, unit."""
-UNMEASURED = ("step", "rows")
-"""What a row of validation.jsonl holds besides measurements."""
+UNMEASURED = re.compile("step|rows(_.*)?")
+"""What a row of validation.jsonl holds besides measurements; `rows_METRIC` counts rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,7 @@ def charts_of(runs: Sequence[Findings]) -> list[Chart]:
     ]
     names = dict.fromkeys(key for run in runs for row in run.validation for key in row)
     for name in names:
-        if name not in UNMEASURED:
+        if not UNMEASURED.fullmatch(name):
             unit = "nats per token" if name == "kl_nats_per_token" else _unit(name)
             title = "KL to the teacher" if name == "kl_nats_per_token" else name.replace("_", " ")
             lines = _lines(runs, name, "validation")
@@ -92,12 +97,19 @@ def _lines(runs: Sequence[Findings], name: str, source: str) -> list[Line]:
 def _lines_with_values(runs: Sequence[Findings], name: str, source: str) -> Iterator[Line]:
     for index, run in enumerate(runs):
         rows = [row for row in getattr(run, source) if name in row]
-        # Without anchors their KL is written as 0, which is no measurement.
-        measured = run.config.anchor.share > 0 or not name.startswith("anchor_")
-        if rows and measured:
+        if rows and _is_measured(run, name):
             best = run.best["step"] if source == "validation" else None
             steps = [row["step"] + 1 for row in rows]
             yield Line(run.label, index, steps, [row[name] for row in rows], best)
+
+
+def _is_measured(run: Findings, name: str) -> bool:
+    """Without prompts of a kind their KL is written as 0, which is no measurement."""
+    shares = {
+        "anchor_": run.config.anchor.share,
+        "context_return_": run.config.anchor.context_return,
+    }
+    return all(share > 0 for prefix, share in shares.items() if name.startswith(prefix))
 
 
 def _unit(name: str) -> str:
