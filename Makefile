@@ -3,6 +3,9 @@ BIN := .venv/bin
 RUN := runs/support_desk
 INSTALL := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
 
+# What one command compiles, the next one finds, also where the environment says otherwise.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test lint types unit bench wheel clean
 
 # Bake the support desk into the embedded model, measure it, print the table.

@@ -82,6 +82,14 @@ def test_an_anchor_is_a_system_message_and_a_prompt() -> None:
     assert task.answer is None
 
 
+def test_the_last_of_a_draw_may_have_no_system_message() -> None:
+    """The same prompts and ids with or without it: only the system message is left out."""
+    whole, bare = SMALL.draw(5, "x"), SMALL.draw(5, "x", bare=2)
+    assert bare[:3] == whole[:3]
+    assert [task.messages for task in bare[3:]] == [task.messages[1:] for task in whole[3:]]
+    assert [task.id for task in bare] == [task.id for task in whole]
+
+
 def test_a_set_of_the_users_is_read(tmp_path: Path) -> None:
     train, test = load_anchors(write_set(tmp_path))
     assert (train.systems, train.prompts) == (("a",), ("b",))

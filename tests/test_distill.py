@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from opcd.distill import (
     count_rollouts,
     cut_portions,
     distill,
+    draw_pairs,
     loss_at,
     roll_out,
 )
@@ -183,6 +185,34 @@ def test_context_return_holds_the_student_to_its_base_with_the_context(
     metrics = next(distill(parts, trainer)).metrics
     found = metrics["context_return_kl_nats_per_token"]
     assert found == pytest.approx(wanted.mean().item(), rel=1e-3) and found > 1e-3
+
+
+def test_context_return_comes_in_every_so_many_steps(tiny_model_path: Path, tmp_path: Path) -> None:
+    """As many rows on the whole, and the same ones; the other steps have none."""
+
+    def returned(every: int) -> list[list[str]]:
+        keys = ("anchor.context_return=0.25", f"anchor.return_every_steps={every}", "steps=4")
+        parts, _ = started(tmp_path / str(every), tiny_model_path, *LORA, *keys)
+        pairs = [draw_pairs(parts, step)[0] for step in range(4)]
+        return [[p.task_id for p in taught if p.origin == "context_return"] for taught in pairs]
+
+    each, second = returned(1), returned(2)
+    assert [len(ids) for ids in each] == [1, 1, 1, 1]
+    assert [len(ids) for ids in second] == [2, 0, 2, 0]
+    assert [*chain(*each)] == [*chain(*second)]
+
+
+def test_anchors_without_a_system_message_where_only_tasks_should_change(
+    tiny_model_path: Path, tmp_path: Path
+) -> None:
+    """`anchor.scope`: half of them, rounded down."""
+    for scope, bare in (("all_prompts", 0), ("tasks", 1)):
+        keys = (*LORA, f"anchor.scope={scope}", "anchor.share=0.75")
+        parts, _ = started(tmp_path / scope, tiny_model_path, *keys)
+        anchors = [p for p in draw_pairs(parts, 0)[1] if p.origin == "anchor"]
+        texts = [parts.renderer.decode(p.student_ids) for p in anchors]
+        without = [text.startswith("user") for text in texts]
+        assert (len(anchors), without.count(True)) == (3, bare)
 
 
 def test_a_share_of_the_prompts_is_answered_by_their_teachers(

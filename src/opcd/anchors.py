@@ -26,19 +26,25 @@ class AnchorSet:
     answers: Mapping[str, str] = field(default_factory=dict)
     """Prompt -> a text that a right answer holds, where there is one."""
 
-    def draw(self, count: int, seed: str) -> list[Task]:
-        """`count` combinations, a function of `seed` alone; no prompt twice while they last."""
+    def draw(self, count: int, seed: str, bare: int = 0) -> list[Task]:
+        """`count` combinations, a function of `seed` alone; no prompt twice while they last.
+
+        The last `bare` of them have no system message.
+        """
         random_source = random.Random(seed)
         systems = _cycle(self.systems, count, random_source)
         prompts = _cycle(self.prompts, count, random_source)
-        return [
-            Task(
-                id=f"{self.name}-{seed}-{index}",
-                messages=(Message("system", system), Message("user", prompt)),
-                answer=self.answers.get(prompt),
+        tasks: list[Task] = []
+        for index, (system, prompt) in enumerate(zip(systems, prompts, strict=True)):
+            messages = Message("system", system), Message("user", prompt)
+            tasks.append(
+                Task(
+                    id=f"{self.name}-{seed}-{index}",
+                    messages=messages[1:] if index >= count - bare else messages,
+                    answer=self.answers.get(prompt),
+                )
             )
-            for index, (system, prompt) in enumerate(zip(systems, prompts, strict=True))
-        ]
+        return tasks
 
 
 def load_anchors(path: Path | None = None) -> tuple[AnchorSet, AnchorSet]:

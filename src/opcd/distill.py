@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from opcd.adapters import trainable
-from opcd.assembly import Parts
+from opcd.assembly import Item, Parts
 from opcd.batching import Batch, collate
 from opcd.config import Run
 from opcd.config.training import Direction, Loss
@@ -95,10 +95,10 @@ def draw_pairs(parts: Parts, step: int) -> tuple[list[PromptPair], list[PromptPa
     """This process's prompts of a step: those that their teachers answer, and the student's."""
     config, fraction = parts.config, teacher_fraction_at(parts.config, step)
     tasks = draw(parts.items["train"], config.tasks_per_step, step, config.seed)
-    anchors = parts.anchors.draw(config.anchors_per_step, f"{config.seed}/{step}")
-    returned = draw(parts.items["train"], config.returns_per_step, step, config.seed + 1)
+    bare = config.bare_anchors_per_step
+    anchors = parts.anchors.draw(config.anchors_per_step, f"{config.seed}/{step}", bare)
     # What the base says with the context is what is to be kept, so it gives the answers as well.
-    taught = [with_context_on_both_sides(item.pair) for item in returned[parts.own_share]]
+    taught = [with_context_on_both_sides(i.pair) for i in draw_returned(parts, step)]
     asked: list[PromptPair] = []
     for pairs in (
         [item.pair for item in tasks[parts.own_share]],
@@ -108,6 +108,16 @@ def draw_pairs(parts: Parts, step: int) -> tuple[list[PromptPair], list[PromptPa
         taught += pairs[:cut]
         asked += pairs[cut:]
     return taught, asked
+
+
+def draw_returned(parts: Parts, step: int) -> list[Item]:
+    """This process's tasks of a step that are given with the context."""
+    config = parts.config
+    turn, waits = divmod(step, config.anchor.return_every_steps)
+    if waits:
+        return []
+    count = config.returns_per_step * config.anchor.return_every_steps
+    return draw(parts.items["train"], count, turn, config.seed + 1)[parts.own_share]
 
 
 def with_context_on_both_sides(pair: PromptPair) -> PromptPair:

@@ -110,6 +110,14 @@ def why_no_prefix(model: Any) -> str | None:
     return None
 
 
+def compute_dtype(model: Any) -> torch.dtype:
+    """What a model multiplies in: its weights' dtype, or that of autocast."""
+    weight = next(model.parameters())
+    if torch.is_autocast_enabled(weight.device.type):
+        return torch.get_autocast_dtype(weight.device.type)
+    return weight.dtype
+
+
 @contextmanager
 def attention(model: Any, name: str) -> Iterator[None]:
     """Within it, the model computes its attention by another of transformers' functions."""

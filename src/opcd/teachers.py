@@ -23,7 +23,7 @@ from opcd.chunking import Head
 from opcd.config import training
 from opcd.divergence import divergence
 from opcd.errors import ConfigError
-from opcd.models import hidden_states, output_head, why_no_prefix
+from opcd.models import compute_dtype, hidden_states, output_head, why_no_prefix
 from opcd.prefix_cache import SharedPrefix, forward_after_prefix, read_prefix
 
 MAX_PREFIX_KL_NATS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -148,8 +148,8 @@ class LocalTeacher:
         with self._ready(), torch.no_grad():
             prefix = read_prefix(self.model, ids)
             kl_nats = self._prefix_error(prefix, probe)
-        dtype = prefix.keys[0].dtype
-        if not kl_nats <= MAX_PREFIX_KL_NATS.get(dtype, 2e-2):
+            allowed_nats = MAX_PREFIX_KL_NATS.get(compute_dtype(self.model), 2e-2)
+        if not kl_nats <= allowed_nats:
             return f"reading it once is {kl_nats:.2g} nats away from reading it every time"
         self.prefix = prefix
         return None

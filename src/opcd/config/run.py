@@ -46,8 +46,13 @@ class Run(Section):
         return round(self.batch.prompts_per_step * self.anchor.share)
 
     @property
+    def bare_anchors_per_step(self) -> int:
+        """How many of the anchors have no system message."""
+        return self.anchors_per_step // 2 if self.anchor.scope == "tasks" else 0
+
+    @property
     def returns_per_step(self) -> int:
-        """Task prompts in each step that are given with the context."""
+        """Task prompts that are given with the context, on average over the steps."""
         return round(self.batch.prompts_per_step * self.anchor.context_return)
 
     @property

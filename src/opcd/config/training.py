@@ -215,6 +215,13 @@ class Anchor(Section):
     context_return: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Of every step's prompts: tasks whose student is given the context again, and is held to what
     the base model says with it, along the base model's answers (arXiv 2606.11627)."""
+    return_every_steps: Count = 1
+    """Those prompts come in every so many steps, as many more of them: a step reads their context
+    once, however many they are."""
+    scope: Literal["all_prompts", "tasks"] = "all_prompts"
+    """Where the behaviour is wanted when there is no system message. `all_prompts`: everywhere, as
+    with the context in the prompt. `tasks`: half of the anchors, too, come without a system
+    message, so that prompts of another kind than the tasks keep the base model's answers."""
     path: Path | None = None
     """JSON as shipped in `opcd/anchors.json`; default: that set."""
     max_new_tokens: Count = 16

@@ -197,19 +197,19 @@ def advance(
 def choose(logits_BV: Tensor, uniforms_B: Tensor, sampling: Sampling) -> Tensor:
     """The next token of each row: the likeliest, or the one that the uniform number falls on.
 
-    The inverse of the cumulative distribution, in float64 where the device has it, so that a draw
-    is a function of its number alone.
+    The inverse of the cumulative distribution, summed in float64 where the device has it, so that a
+    draw is a function of its number alone.
     """
     if sampling.temperature == 0.0:
         return logits_BV.argmax(-1)
     precise = torch.float32 if logits_BV.device.type == "mps" else torch.float64
-    probs_BV = (logits_BV.to(precise) / sampling.temperature).softmax(-1)
+    probs_BV = (logits_BV / sampling.temperature).softmax(-1)
     if sampling.top_p < 1.0:
         sorted_BV, order_BV = probs_BV.sort(-1, descending=True)
         # A token stays while the mass of those before it is below top_p: the first always does.
-        outside_BV = sorted_BV.cumsum(-1) - sorted_BV >= sampling.top_p
+        outside_BV = sorted_BV.cumsum(-1, dtype=precise) - sorted_BV >= sampling.top_p
         probs_BV = probs_BV.scatter(-1, order_BV, sorted_BV.masked_fill(outside_BV, 0.0))
-    cumulative_BV = probs_BV.cumsum(-1)
+    cumulative_BV = probs_BV.cumsum(-1, dtype=precise)
     target_B1 = uniforms_B.to(cumulative_BV).unsqueeze(-1) * cumulative_BV[:, -1:]
     return torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(-1)
 
