@@ -62,7 +62,7 @@ def test_one_command_trains_measures_and_is_idle_the_second_time(
     """Two kinds with two seeds are four runs; their checkpoints are named."""
     run = make_run(tmp_path, tiny_model_path, *FAST)
     said: list[str] = []
-    found = compare(run, 2, said.append)
+    found = compare(run, 2, (), said.append)
     names = ["tiny", "tiny-seed1", "tiny-off_policy", "tiny-off_policy-seed1"]
     assert list(found["checkpoints"]) == names
     assert [line.split()[0] for line in said].count("training") == 4
@@ -72,7 +72,21 @@ def test_one_command_trains_measures_and_is_idle_the_second_time(
     assert found["seeds"]["baked"]["runs"] == 2 and len(found["paired"]) == 6
     assert json.loads((run.out / "tiny" / "comparison.json").read_text("utf-8")) == found
     said.clear()
-    assert compare(run, 2, said.append) == found and not said
+    assert compare(run, 2, (), said.append) == found and not said
+
+
+def test_both_kinds_choose_among_the_same_learning_rates(
+    tiny_model_path: Path, tmp_path: Path
+) -> None:
+    """Each on its own validation rows; the table is of the chosen runs."""
+    run = make_run(tmp_path, tiny_model_path, *FAST)
+    found = compare(run, 1, (0.01, 0.03), lambda _: None)
+    for kind, name in (("baked", "tiny"), ("off_policy", "tiny-off_policy")):
+        searched = found["searches"][kind]
+        assert [row["lr"] for row in searched["rows"]] == [0.01, 0.03]
+        assert found["lr"][kind] == searched["chosen"]
+        assert f"{name}-lr{searched['chosen']:g}" in found["checkpoints"]
+    assert json.loads((run.out / "tiny" / "comparison.json").read_text("utf-8")) == found
 
 
 def test_an_interrupted_run_is_continued(tiny_model_path: Path, tmp_path: Path) -> None:

@@ -124,15 +124,21 @@ def compare(
     config: ConfigPath,
     overrides: Overrides = None,
     seeds: Annotated[int, typer.Option(min=1, help="Training runs of each kind.")] = 1,
+    lr: Annotated[
+        str, typer.Option(help="Let each kind choose among learning rates, commas between.")
+    ] = "",
 ) -> None:
     """Train what is missing; base, in_context, off_policy and baked on the same test rows."""
-    from opcd.config import load_config
+    from opcd.config import load_config, read_rates
 
+    rates = read_rates(lr) if lr else ()
     run = load_config(config, overrides or [])
     from opcd.comparing import compare as start
-    from opcd.tables import comparison_table, paired_lines, spread_lines
+    from opcd.tables import comparison_table, paired_lines, search_table, spread_lines
 
-    found = start(run, seeds, console.print)
+    found = start(run, seeds, rates, console.print)
+    for searched in found["searches"].values():
+        console.print(search_table(searched))
     console.print(comparison_table(found))
     for line in (*paired_lines(found), *spread_lines(found)):
         console.print(line, highlight=False)

@@ -29,29 +29,32 @@ class Measured:
     answers: Sequence[Mapping[str, Any]]
 
 
-def compare(run: Run, seeds: int, say: Say) -> dict[str, Any]:
+def compare(run: Run, seeds: int, rates: Sequence[float], say: Say) -> dict[str, Any]:
     """Train and measure what is missing; write and return `comparison.json`.
 
     Args:
         run: the run to compare; it is the `baked` of the table.
         seeds: training runs of each kind, from the run's own seed upwards.
+        rates: learning rates that each kind chooses one of, on validation; none: the run's own.
         say: told before something that takes minutes.
 
     Raises:
+        ConfigError: the teacher cannot answer, or there is nothing to choose a rate on.
         RunFolderError: a folder holds a run with other values, or two runs other test rows.
         RunError: training failed or was interrupted; what is there is kept, and used next time.
     """
-    kinds = {
-        "baked": [with_seed(run, n) for n in range(seeds)],
-        "off_policy": [with_seed(off_policy(run), n) for n in range(seeds)],
-    }
+    ways, searches = {"baked": run, "off_policy": off_policy(run)}, {}
+    if rates:
+        searches = {kind: search(one, rates, say) for kind, one in ways.items()}
+        ways = {kind: with_rate(one, searches[kind]["chosen"]) for kind, one in ways.items()}
+    kinds = {kind: [with_seed(one, n) for n in range(seeds)] for kind, one in ways.items()}
     measured = {
         kind: [measure(ensure_trained(one, say), say) for one in runs]
         for kind, runs in kinds.items()
     }
     check_same_rows([m for several in measured.values() for m in several])
-    found = comparison(measured)
-    write_json(RunFolder(run.out / run.name).comparison, found)
+    found = {**comparison(measured), "searches": searches}
+    write_json(make_folder(run).comparison, found)
     return found
 
 
@@ -74,6 +77,11 @@ def with_seed(run: Run, number: int) -> Run:
     if number == 0:
         return run
     return derive(run, name=f"{run.name}-seed{run.seed + number}", seed=run.seed + number)
+
+
+def with_rate(run: Run, rate: float) -> Run:
+    """The run with a learning rate, under a name of its own."""
+    return derive(run, name=f"{run.name}-lr{rate:g}", optimizer={"lr": rate})
 
 
 def ensure_trained(run: Run, say: Say) -> RunFolder:
@@ -146,6 +154,7 @@ def comparison(measured: Mapping[str, Sequence[Measured]]) -> dict[str, Any]:
             for several in measured.values()
             for one in several
         },
+        "lr": {kind: one.run.optimizer.lr for kind, one in first.items()},
         "suites": {"task": conditions, **others},
         "paired": paired(first),
         "seeds": {kind: spread(several) for kind, several in measured.items()},
@@ -206,7 +215,7 @@ def search(run: Run, rates: Sequence[float], say: Say) -> dict[str, Any]:
         )
     rows: list[dict[str, Any]] = []
     for rate in rates:
-        one = derive(run, name=f"{run.name}-lr{rate:g}", optimizer={"lr": rate})
+        one = with_rate(run, rate)
         best = read_best(ensure_trained(one, say))
         rows.append({"lr": rate, "run": one.name, **best})
     name = rows[0]["chosen_by"]
