@@ -22,7 +22,6 @@ from opcd.costing import (
 )
 from opcd.costs import Prices
 from opcd.errors import CostsError, RunFolderError, TaskError
-from opcd.prefix_cache import read_prefix
 from opcd.programs import evaluate_run, open_baked
 from opcd.runs import read_jsonl
 from opcd.training import train
@@ -94,8 +93,9 @@ def test_bytes_of_a_token_are_those_of_a_real_cache(parts: Parts) -> None:
     base, _ = plain_models(parts)
     for dtype in (torch.float32, torch.bfloat16):
         model = base.to(dtype)
-        prefix = read_prefix(model, random_ids(10, 0))
-        assert kv_shape(model).bytes_per_token * 10 == prefix.bytes
+        cache = model(torch.tensor([random_ids(10, 0)])).past_key_values
+        sides = [side for layer in cache.layers for side in (layer.keys, layer.values)]
+        assert kv_shape(model).bytes_per_token * 10 == sum(side.nbytes for side in sides)
 
 
 def test_plain_models_are_the_base_and_the_merged_student(parts: Parts) -> None:

@@ -11,6 +11,8 @@ from opcd.batching import collate
 from opcd.config.training import Loss
 from opcd.models import hidden_states, output_head
 from opcd.responses import score
+from opcd.rollouts.engine import Prompt, Sampling
+from opcd.rollouts.hf import decode
 from opcd.soft_prompt import (
     VIRTUAL_TOKENS,
     accumulate,
@@ -20,7 +22,6 @@ from opcd.soft_prompt import (
     read_soft_prompt,
     respond_behind,
     train_soft_prompt,
-    write_greedily,
 )
 from opcd.weights import load_model
 from tiny import make_run
@@ -86,12 +87,12 @@ def test_vectors_of_tokens_read_as_those_tokens(parts: Parts, plain: Any) -> Non
     found_TD = hidden_behind(tuned, collate(pairs, rollouts).student)
     text_TD = hidden_states(plain, collate(longer, rollouts).student)
     torch.testing.assert_close(found_TD, text_TD, rtol=1e-3, atol=1e-3)
-    prompts = [pair.student_ids for pair in pairs]
-    behind = write_greedily(plain, read_soft_prompt(tuned), prompts, frozenset({2}), 4)
-    for pair, response in zip(longer, behind, strict=True):
+    prompts = [Prompt(pair.task_id, pair.student_ids, 4) for pair in pairs]
+    behind = decode(plain, prompts, Sampling(), frozenset({2}), read_soft_prompt(tuned))
+    for pair, rollout in zip(longer, behind, strict=True):
         ids_1S = torch.tensor([pair.student_ids])
         hidden_D = plain.get_decoder()(input_ids=ids_1S).last_hidden_state[0, -1:]
-        assert response[0] == int(output_head(plain)(hidden_D).argmax())
+        assert rollout.response_ids[0] == int(output_head(plain)(hidden_D).argmax())
 
 
 def test_answers_end_where_they_end_and_are_graded(parts: Parts, plain: Any) -> None:

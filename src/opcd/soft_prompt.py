@@ -23,9 +23,9 @@ from opcd.models import PLAIN_ATTENTION_TOKENS, attention, output_head
 from opcd.prefix_cache import SharedPrefix
 from opcd.responses import Response, grade
 from opcd.rollouts.engine import Sampling
-from opcd.rollouts.hf import advance, pad_left
+from opcd.rollouts.hf import decode
 from opcd.tasks import draw
-from opcd.types import Answered, Rollout
+from opcd.types import Answered
 
 VIRTUAL_TOKENS = 16
 LEARNING_RATE = 1e-2
@@ -142,38 +142,11 @@ def respond_behind(
     parts: Parts, tuned: Any, items: Sequence[Item], end_ids: frozenset[int]
 ) -> list[Response]:
     """One graded greedy response to each task, without the context, behind the soft prompt."""
-    prefix, model = read_soft_prompt(tuned), causal_model(tuned)
-    rows, found = parts.config.rollout.batch_rows, []
+    prefix, rows, found = read_soft_prompt(tuned), parts.config.rollout.batch_rows, []
     for start in range(0, len(items), rows):
         part = items[start : start + rows]
-        prompts = [item.pair.student_ids for item in part]
-        written = write_greedily(
-            model, prefix, prompts, end_ids, parts.config.rollout.max_new_tokens
-        )
-        for item, ids in zip(part, written, strict=True):
-            rollout = Rollout(item.task.id, ids, finished=ids[-1] in end_ids)
+        prompts = [prompt_of(parts.config, item.pair, with_context=False) for item in part]
+        rollouts = decode(causal_model(tuned), prompts, Sampling(), end_ids, prefix)
+        for item, rollout in zip(part, rollouts, strict=True):
             found.append(grade(parts, item, Answered(item.pair, rollout)))
     return found
-
-
-@torch.no_grad()
-def write_greedily(
-    model: Any,
-    prefix: SharedPrefix,
-    prompts: Sequence[tuple[int, ...]],
-    end_ids: frozenset[int],
-    most: int,
-) -> list[tuple[int, ...]]:
-    """The likeliest tokens after each prompt, up to its end and at most so many."""
-    head, cache = output_head(model), DynamicCache(config=model.config)
-    ids_BS, mask_BS = pad_left(prompts, model.device)
-    responses: list[tuple[int, ...]] = [() for _ in prompts]
-    for _ in range(most):
-        ids_BS = head(advance(model, ids_BS, mask_BS, cache, prefix)).argmax(-1, keepdim=True)
-        mask_BS = torch.cat([mask_BS, torch.ones_like(ids_BS)], dim=-1)
-        for row, token in enumerate(ids_BS[:, 0].tolist()):
-            if not responses[row] or responses[row][-1] not in end_ids:
-                responses[row] += (token,)
-        if all(response[-1] in end_ids for response in responses):
-            break
-    return responses

@@ -8,6 +8,7 @@ on the batch.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from opcd.adapters import adapter_off, causal_model, merged_weights, share_frozen, trainable
 from opcd.batching import padded_width
-from opcd.chunking import Head
 from opcd.models import output_head, why_no_prefix
 from opcd.prefix_cache import SharedPrefix, forward_after_prefix, read_prefix
 from opcd.rendering import common_prefix
@@ -105,13 +105,15 @@ class HFEngine:
             self._model.train(was_training)
 
     def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        prefix, head = self._read_shared(prompts), output_head(self._model)
+        prefix = self._read_shared(prompts)
+        cut = prefix.tokens if prefix else 0
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
         rollouts: dict[int, Rollout] = {}
         for start in range(0, len(order), self._batch_rows):
             part = order[start : start + self._batch_rows]
-            rows = [prompts[index] for index in part]
-            rollouts |= zip(part, self._decode(rows, prefix, head, sampling), strict=True)
+            rows = [replace(prompts[index], ids=prompts[index].ids[cut:]) for index in part]
+            answers = decode(self._model, rows, sampling, self._end_ids, prefix)
+            rollouts |= zip(part, answers, strict=True)
         return [rollouts[index] for index in range(len(prompts))]
 
     def _read_shared(self, prompts: Sequence[Prompt]) -> SharedPrefix | None:
@@ -124,45 +126,55 @@ class HFEngine:
             known = self._prefixes[self._policy] = read_prefix(self._model, ids)
         return known
 
-    def _decode(
-        self,
-        prompts: Sequence[Prompt],
-        prefix: SharedPrefix | None,
-        head: Head,
-        sampling: Sampling,
-    ) -> list[Rollout]:
-        cut = prefix.tokens if prefix else 0
-        plain = causal_model(self._model)
-        ids_BS, mask_BS = pad_left([prompt.ids[cut:] for prompt in prompts], plain.device)
-        most = max(prompt.max_new_tokens for prompt in prompts)
-        uniforms_BT = torch.stack([sampling.uniforms(prompt, most) for prompt in prompts])
-        responses: list[list[int]] = [[] for _ in prompts]
-        active = list(range(len(prompts)))
-        cache = DynamicCache(config=plain.config)
-        for step in range(most):
-            hidden_BD = advance(self._model, ids_BS, mask_BS, cache, prefix)
-            tokens_B = choose(head(hidden_BD), uniforms_BT[active, step], sampling)
-            tokens = tokens_B.tolist()
-            for row, token in zip(active, tokens, strict=True):
-                responses[row].append(token)
-            keep = [
-                i
-                for i, (row, token) in enumerate(zip(active, tokens, strict=True))
-                if token not in self._end_ids and step + 1 < prompts[row].max_new_tokens
-            ]
-            if not keep:
-                break
-            if len(keep) < len(active):
-                kept_B = torch.tensor(keep, device=ids_BS.device)
-                cache.batch_select_indices(kept_B)
-                mask_BS, tokens_B = mask_BS[kept_B], tokens_B[kept_B]
-                active = [active[i] for i in keep]
-            ids_BS = tokens_B.unsqueeze(-1)
-            mask_BS = torch.cat([mask_BS, torch.ones_like(ids_BS)], dim=-1)
-        return [
-            Rollout(prompt.task_id, tuple(response), finished=response[-1] in self._end_ids)
-            for prompt, response in zip(prompts, responses, strict=True)
+
+@torch.no_grad()
+def decode(
+    model: Any,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    end_ids: frozenset[int],
+    prefix: SharedPrefix | None = None,
+) -> list[Rollout]:
+    """Answer one batch; rows that have ended leave it.
+
+    Args:
+        model: whose weights answer.
+        prompts: what each row has after `prefix`.
+        sampling: how tokens are drawn.
+        end_ids: tokens that end a response.
+        prefix: what all rows have in front of them, if that was read before.
+    """
+    plain, head = causal_model(model), output_head(model)
+    ids_BS, mask_BS = pad_left([prompt.ids for prompt in prompts], plain.device)
+    most = max(prompt.max_new_tokens for prompt in prompts)
+    uniforms_BT = torch.stack([sampling.uniforms(prompt, most) for prompt in prompts])
+    responses: list[list[int]] = [[] for _ in prompts]
+    active = list(range(len(prompts)))
+    cache = DynamicCache(config=plain.config)
+    for step in range(most):
+        hidden_BD = advance(model, ids_BS, mask_BS, cache, prefix)
+        tokens_B = choose(head(hidden_BD), uniforms_BT[active, step], sampling)
+        tokens = tokens_B.tolist()
+        for row, token in zip(active, tokens, strict=True):
+            responses[row].append(token)
+        keep = [
+            i
+            for i, (row, token) in enumerate(zip(active, tokens, strict=True))
+            if token not in end_ids and step + 1 < prompts[row].max_new_tokens
         ]
+        if not keep:
+            break
+        if len(keep) < len(active):
+            kept_B = torch.tensor(keep, device=ids_BS.device)
+            cache.batch_select_indices(kept_B)
+            mask_BS, tokens_B = mask_BS[kept_B], tokens_B[kept_B]
+            active = [active[i] for i in keep]
+        ids_BS = tokens_B.unsqueeze(-1)
+        mask_BS = torch.cat([mask_BS, torch.ones_like(ids_BS)], dim=-1)
+    return [
+        Rollout(prompt.task_id, tuple(response), finished=response[-1] in end_ids)
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
 
 
 def advance(
