@@ -53,6 +53,7 @@ FLOORS = (
         "alternatives",
         "costing",
         "exporting",
+        "harness",
         "checking",
         "showing",
         "tables",

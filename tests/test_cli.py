@@ -54,6 +54,7 @@ VERBS = (
     "costs",
     "prompts",
     "export",
+    "harness",
     "report",
 )
 
@@ -147,7 +148,15 @@ def test_a_missing_file_ends_with_2(opcd: Opcd, verb: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", [["evaluate"], ["sample", "hi"], ["costs"], ["export", "there"], ["report"]]
+    "verb",
+    [
+        ["evaluate"],
+        ["sample", "hi"],
+        ["costs"],
+        ["export", "there"],
+        ["harness", "--tasks", "gsm8k"],
+        ["report"],
+    ],
 )
 def test_what_is_no_run_ends_with_2(opcd: Opcd, tmp_path: Path, verb: list[str]) -> None:
     code, _, err = opcd(verb[0], tmp_path, *verb[1:])
@@ -204,6 +213,32 @@ def test_costs_prints_tables_or_json(opcd: Opcd, monkeypatch: pytest.MonkeyPatch
     assert seen == [Path("there"), costing.Prices(1.0, 2.0, 3.0, 4.0), (2, 8)]
     code, out, _ = opcd("costs", "there", "--json")
     assert (code, json.loads(out)["prompt_tokens"]) == (0, {"rows": 3})
+
+
+def test_harness_passes_its_options_on_and_prints_a_table(
+    opcd: Opcd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from opcd import harness
+
+    seen: list[object] = []
+
+    def harness_run(*arguments: object) -> dict[str, object]:
+        seen.extend(arguments[:2])
+        row = {"acc": {"mean": 0.5, "stderr": 0.25}}
+        task = {"base": row, "baked": row, "difference": {"acc": {"mean": 0.0, "stderr": None}}}
+        head = {"lm_eval": "1.2", "checkpoint": "step-4", "limit": 7}
+        return head | {"n": {"a": 4}, "tasks": {"a": task}}
+
+    monkeypatch.setattr(harness, "harness_run", harness_run)
+    options = ("--include-path", "mine", "--limit", "7", "--batch-size", "2", "--no-chat-template")
+    code, out, err = opcd("harness", "there", "--tasks", "a, b,a", *options)
+    assert (code, err) == (0, "")
+    assert seen == [Path("there"), harness.Benchmarks(("a", "b"), Path("mine"), 7, 2, False)]
+    assert "lm_eval 1.2, step-4, at most 7 rows of a task" in out
+    assert "0.500 +- 0.250" in out and "+0.000" in out
+    code, out, err = opcd("harness", "there", "--tasks", " ,")
+    assert (code, out) == (2, "")
+    assert "HarnessError: --tasks ' ,' names no task" in err
 
 
 def test_messages_are_not_read_as_markup(opcd: Opcd, tmp_path: Path) -> None:

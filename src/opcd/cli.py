@@ -224,6 +224,28 @@ def costs(  # noqa: PLR0913, PLR0917 - an option each
 
 
 @app.command()
+def harness(
+    run: RunPath,
+    tasks: Annotated[str, typer.Option(help="lm-eval's task names, with commas between.")] = "",
+    include_path: Annotated[
+        Path | None, typer.Option(help="A folder with task files of your own.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only so many rows of each task.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests answered together.")] = 1,
+    chat_template: Annotated[bool, typer.Option(help="Ask in the model's chat format.")] = True,
+) -> None:
+    """Run public benchmarks of lm-eval on base and baked; writes harness.json."""
+    from opcd.harness import Benchmarks, harness_run, read_tasks
+    from opcd.tables import harness_table
+
+    names = read_tasks(tasks)
+    asked = Benchmarks(names, include_path, limit, batch_size, chat_template)
+    console.print(harness_table(harness_run(run, asked, console.print)))
+
+
+@app.command()
 def export(
     run: RunPath,
     folder: Annotated[Path, typer.Argument(help="Where to write it.", show_default=False)],

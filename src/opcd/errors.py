@@ -13,7 +13,8 @@ The tree, with the exit code that the command line gives it:
     |   |-- ModelError                       weights, tokenizer, vocabularies that differ
     |   |-- RunFolderError                   a run folder that exists, or lacks what is asked of it
     |   |-- CostsError                       a price, a batch size or a package of a comparison
-    |   `-- AuthoringError                   instructions, examples or output of opcd prompts
+    |   |-- AuthoringError                   instructions, examples or output of opcd prompts
+    |   `-- HarnessError                     a task of opcd harness, or the package it takes
     `-- RunError (also a RuntimeError)       exit 1: the run failed, what was saved stays
         |-- CheckpointError                  a checkpoint that cannot be written or trusted
         |-- DivergedError                    loss or gradient not finite too often
@@ -68,6 +69,10 @@ class CostsError(InputError):
 
 class AuthoringError(InputError):
     """What `opcd prompts` is to write from, or where it is to write, cannot be used."""
+
+
+class HarnessError(InputError):
+    """What `opcd harness` is to run is unknown, cannot be loaded, or lacks its package."""
 
 
 class RunError(OpcdError, RuntimeError):

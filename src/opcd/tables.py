@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from opcd.screening import Limits
@@ -128,6 +129,22 @@ def authored_table(found: "Authored", limits: Limits) -> Table:
     return table
 
 
+def harness_table(found: Mapping[str, Any]) -> Table:
+    """Each metric of each benchmark by condition, and baked minus base, with standard errors."""
+    limit = f", at most {found['limit']} rows of a task" if found["limit"] else ""
+    table = Table(title=f"lm_eval {found['lm_eval']}, {found['checkpoint']}{limit}")
+    columns = list(dict.fromkeys(name for task in found["tasks"].values() for name in task))
+    for column in ("task", "rows", "metric", *columns):
+        words = column in ("task", "metric")
+        table.add_column(column, justify="left" if words else "right", overflow="fold")
+    for task, measured in found["tasks"].items():
+        for metric in measured["base"]:
+            cells = [_with_stderr(measured[c][metric], c == "difference") for c in columns]
+            table.add_row(escape(task), str(found["n"][task]), escape(metric), *cells)
+        table.add_section()
+    return table
+
+
 def _suites_table(title: str, suites: Mapping[str, Any], conditions: Sequence[str]) -> Table:
     table = Table(title=title)
     table.add_column("suite", overflow="fold")
@@ -154,6 +171,14 @@ def _cell(metric: str, found: Mapping[str, Any] | None) -> str:
     if is_share(metric):
         return f"{100 * mean:.1f} % [{100 * low:.0f}, {100 * high:.0f}]"
     return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _with_stderr(found: Mapping[str, float | None], signed: bool) -> str:
+    mean, stderr = found["mean"], found["stderr"]
+    if mean is None:
+        return ""
+    value = f"{mean:+.3f}" if signed else f"{mean:.3f}"
+    return value if stderr is None else f"{value} +- {stderr:.3f}"
 
 
 def _shorten(text: str, limit: int = 120) -> str:
