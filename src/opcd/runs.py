@@ -14,6 +14,7 @@ runs/NAME/
   token_kl.jsonl     some of its answers, with what the context changes at each token
   comparison.json    the same rows beside those of other ways to train
   costs.json         what the context costs a request, what training cost
+  harness.json       public benchmarks by lm-eval: the base model and the baked one
 """
 
 import json
@@ -99,6 +100,11 @@ class RunFolder:
     def costs(self) -> Path:
         """What the context costs a request, and what training cost."""
         return self.path / "costs.json"
+
+    @property
+    def harness(self) -> Path:
+        """Public benchmarks by lm-eval."""
+        return self.path / "harness.json"
 
 
 def create_run(config: Run, overwrite: bool = False) -> RunFolder:
