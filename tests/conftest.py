@@ -20,3 +20,11 @@ def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_llama().save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def whole_run_path(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) -> Path:
+    """A tiny run with every file that a page shows. Tests that change it make a copy."""
+    from tiny import whole_run
+
+    return whole_run(tmp_path_factory.mktemp("whole"), tiny_model_path)

@@ -16,6 +16,32 @@ TEXTS = {
     "baked": ("word0", "word1", "other", "word3"),
 }
 """Each condition's answers to four rows whose right answers are word0 to word3."""
+COSTS: dict[str, Any] = {
+    "prompt_tokens": {},
+    "prefill": [],
+    "kv_cache": [],
+    "training": [],
+    "break_even": [],
+    "notes": [],
+}
+"""A `costs.json` without figures."""
+HARNESS = {
+    "tasks": {
+        "arc_easy": {
+            "base": {"acc": {"mean": 0.5531, "stderr": 0.0102}},
+            "in_context": {"acc": {"mean": 0.5, "stderr": 0.01}},
+            "baked": {"acc": {"mean": 0.5494, "stderr": 0.0103}},
+            "difference": {"acc": {"mean": -0.0037, "stderr": 0.004}},
+        },
+        "wikitext": {
+            "base": {"word_perplexity": {"mean": 31.42, "stderr": None}},
+            "baked": {"word_perplexity": {"mean": 31.8, "stderr": None}},
+        },
+    },
+    "lm_eval": "0.4.9",
+    "limit": 500,
+}
+"""Two benchmarks, one of shares and one that is none."""
 HOSTILE = "</script><script>alert(1)</script> \" ' & <b>bold</b> \u2028 {{ 7 * 7 }} $x$"
 """What models may write; it must arrive as text."""
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from measured import TEXTS, measured_run
-from opcd.columns import columns_of, estimate_of, number, suite_tables
+from opcd.columns import columns_of, compared_columns, estimate_of, number, suite_tables
 from opcd.findings import read_findings
 
 
@@ -55,3 +55,16 @@ def test_suites_show_the_columns_that_were_measured(tmp_path: Path) -> None:
 def test_shares_are_per_cent_and_other_numbers_are_not() -> None:
     found = [number("correct_mood", 0.5), number("response_tokens", 15.979), number("x", 0.0406)]
     assert found == ["50.0 %", "16.0", "0.041"]
+
+
+def test_a_comparison_has_columns_of_its_own_file(whole_run_path: Path) -> None:
+    (run,) = read_findings([whole_run_path])
+    columns = compared_columns(run)
+    tables = {name: labels for name, labels, _ in suite_tables(columns)}
+    assert tables["task"] == ["base", "in_context", "off_policy", "baked"]
+    assert tables["kept"] == ["off_policy", "baked"]
+    found = estimate_of(columns[2], "task", "kl_nats_per_token")
+    kept = run.comparison["suites"]["task"]["off_policy"]["kl_nats_per_token"]
+    assert found is not None
+    assert found["mean"] == number("kl_nats_per_token", kept["mean"])
+    assert f"{kept['ci95'][1]:.{1 if kept['mean'] >= 10 else 3}f}]" in found["interval"]

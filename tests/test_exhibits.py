@@ -2,15 +2,11 @@
 
 from pathlib import Path
 
-import pytest
-
 from measured import TEXTS, measured_run, trace
 from opcd.columns import columns_of
 from opcd.exhibits import (
     KL_EDGES_NATS,
     answer_rows,
-    cost_tables,
-    cost_text,
     kl_legend,
     token_rows,
 )
@@ -54,28 +50,3 @@ def test_tokens_that_cannot_be_seen_or_measured_are_shown(tmp_path: Path) -> Non
     base, baked = token_rows(read_findings([run]))[0]["lines"]
     assert base == ("base", [("↵\n", "x", "not finite"), ("∅", 0, "0.000"), ("b", 2, "0.250")])
     assert baked[1][2] == ("b", 1, "0.025")
-
-
-def test_costs_become_tables_whatever_they_hold() -> None:
-    costs = {
-        "later": {"a_s": 1},
-        "kv_cache": [{"condition": "baked", "bytes": 5}, {"condition": "base", "share": 0.5}],
-        "break_even": "never: no prices",
-    }
-    assert cost_tables(costs) == [
-        (
-            "Keys and values in memory",
-            ["condition", "bytes", "share"],
-            [["baked", 5, None], ["base", None, 0.5]],
-        ),
-        ("Break-even", ["", ""], [["break_even", "never: no prices"]]),
-        ("later", ["", ""], [["a_s", 1]]),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(None, "-"), (22020096, "22,020,096"), (0.03333333, "0.03333"), (12345.67, "12,345.7")],
-)
-def test_numbers_of_costs_are_readable(value: object, text: str) -> None:
-    assert cost_text(value) == text

@@ -1,24 +1,80 @@
 """A run's files are read together, and what they cannot support is refused."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
-from measured import TEXTS, measured_run, rewrite, trace
+from measured import COSTS, HARNESS, TEXTS, measured_run, rewrite, trace
 from opcd.errors import RunFolderError
 from opcd.findings import read_findings
+from opcd.runs import write_json
 from worlds import write_jsonl
 
 
 def test_everything_that_was_written_is_read(tmp_path: Path) -> None:
     run = measured_run(tmp_path / "desk")
     trace(run, ["a", "b"], [1.0, 2.0])
-    (run / "costs.json").write_text('{"training": {"wall_s": 3}}')
+    write_json(run / "costs.json", COSTS | {"training": [{"wall_s": 3}]})
+    write_json(run / "harness.json", HARNESS)
     (found,) = read_findings([run])
     assert (found.label, found.best["step"], found.warmup_steps) == ("desk", 4, 2)
     assert [len(rows) for rows in (found.answers, found.metrics, found.validation)] == [4, 4, 2]
     assert found.token_kl[0]["tokens"] == ["a", "b"]
-    assert found.costs == {"training": {"wall_s": 3}}
+    assert found.costs["training"] == [{"wall_s": 3}]
+    assert found.harness == HARNESS
+    assert (found.gap, found.search, found.comparison) == ({}, {}, {}), "there are none"
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("costs.json", r"costs.json lacks prompt_tokens, .*notes.* opcd costs \S+desk"),
+        ("gap.json", r"gap.json lacks .*margin_nats_by_answer.* with opcd gap"),
+        ("search.json", r"search.json lacks selected_by, chosen, rows.* with opcd search"),
+        ("comparison.json", r"comparison.json lacks .*seeds.* with opcd compare"),
+        ("harness.json", r"harness.json lacks tasks, lm_eval, limit"),
+    ],
+)
+def test_a_file_of_another_version_is_refused(tmp_path: Path, file: str, message: str) -> None:
+    run = measured_run(tmp_path / "desk")
+    (run / file).write_text("{}")
+    with pytest.raises(RunFolderError, match=message):
+        read_findings([run])
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("comparison.json", {"checkpoints": {"tiny": "step-9"}}),
+        ("harness.json", {"checkpoint": "step-9"}),
+    ],
+)
+def test_what_is_about_other_weights_is_refused(
+    whole_run_path: Path, tmp_path: Path, file: str, changes: dict[str, object]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole_run_path, run)
+    rewrite(run / file, **changes)
+    with pytest.raises(RunFolderError, match=rf"{file} is about step-9, but best/ holds step-2"):
+        read_findings([run])
+
+
+@pytest.mark.parametrize(
+    "sides",
+    [
+        {"base": {"acc": {"mean": 0.5, "stderr": 0.1}}},
+        {"base": {}, "baked": {}},
+        {"base": {"acc": {"mean": 0.5, "stderr": 0.1}}, "baked": {"acc": {"mean": 0.5}}},
+    ],
+)
+def test_a_benchmark_that_was_half_measured_is_refused(
+    tmp_path: Path, sides: dict[str, object]
+) -> None:
+    run = measured_run(tmp_path / "desk")
+    write_json(run / "harness.json", HARNESS | {"tasks": {"arc_easy": sides}})
+    with pytest.raises(RunFolderError, match="arc_easy needs the same metrics for base and baked"):
+        read_findings([run])
 
 
 def test_baked_comes_last_whatever_else_was_measured(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -9,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from measured import HOSTILE, TEXTS, measured_run, rewrite, trace
+from measured import COSTS, HOSTILE, TEXTS, measured_run, rewrite, trace
 from opcd.charts import Chart
+from opcd.cost_tables import cost_grids, notes_lines
 from opcd.errors import InputError
 from opcd.figures import inline_svg
 from opcd.report import write_report
+from opcd.verdict import verdict
 
 
 class Page(HTMLParser):
@@ -81,7 +84,8 @@ def test_the_headline_names_what_was_measured(tmp_path: Path) -> None:
     assert "baked model without the context 75.0 %, the base model with it 75.0 %" in text
     assert "the base model without it 25.0 %" in text
     assert "baked is 25.0 points above base in correct" in text
-    assert "p = 0.5, McNemar, exact, 4 rows" in text
+    assert "p = 0.5, McNemar, exact)" in text
+    assert "On the same 4 rows" in text
     for fact in ("checkpoint step-4", "split test", "seed 7", "context tokens gone 1,234"):
         assert fact in text
 
@@ -102,8 +106,55 @@ def test_training_is_summed_over_the_steps(tmp_path: Path) -> None:
     text = page_of(measured_run(tmp_path / "desk")).text
     assert "steps 4 " in text
     assert "response tokens trained on 400" in text
-    assert "wall, s 10.0" in text
+    assert "time, s 10.0" in text
     assert "peak memory, GiB 1.00" in text
+
+
+def test_the_page_holds_every_file_of_a_run(whole_run_path: Path, tmp_path: Path) -> None:
+    """As the commands write them; numbers are compared with the files' own."""
+    page = page_of(whole_run_path, out=tmp_path / "whole.html")
+    text = page.text
+    sections = [found["id"] for tag, found in page.elements if tag == "section"]
+    assert sections[:5] == ["measured", "compared", "expected", "benchmarks", "costs"]
+    links = [found.get("href") for tag, found in page.elements if tag == "a"]
+    assert links == [f"#{section}" for section in sections]
+    assert "metric base in_context off_policy baked rows" in text
+    assert "off_policy is level with base" in text or "above base" in text
+    assert "metric baked, 2 training runs off_policy, 2 training runs" in text
+    for line in verdict(json.loads((whole_run_path / "gap.json").read_text("utf-8"))):
+        assert line in text
+    assert "Learning rates, chosen on validation by correct" in text
+    assert "arc_easy acc 55.3 ± 1.0 % 50.0 ± 1.0 % 54.9 ± 1.0 % -0.4 ± 0.4 points" in text
+    assert "at most 500 rows of each benchmark" in text
+    costs = json.loads((whole_run_path / "costs.json").read_text("utf-8"))
+    for told in (*(grid.title for grid in cost_grids(costs)), *notes_lines(costs)):
+        assert told in text
+
+
+def test_no_key_of_a_file_is_left_raw(whole_run_path: Path, tmp_path: Path) -> None:
+    """But for conditions, suites, files and settings, which the documentation calls so too."""
+    text = page_of(whole_run_path, out=tmp_path / "whole.html").text
+    text = text[: text.index("Curves Over the steps")] if "Curves Over the steps" in text else text
+    text = text.split("config.json")[0]
+    keys = set(re.findall(r"\b[a-z]+_[a-z_]+\b", text))
+    known = {"in_context", "off_policy", "in_context_cached", "soft_prompt", "system_prompt"}
+    assert keys - known - {"token_kl", "lm_eval", "arc_easy", "word_perplexity"} == set()
+
+
+def test_what_is_not_there_has_no_section(tmp_path: Path) -> None:
+    page = page_of(measured_run(tmp_path / "desk"))
+    sections = [found["id"] for tag, found in page.elements if tag == "section"]
+    assert sections == ["measured", "costs", "curves", "answers", "tokens", "settings"]
+
+
+def test_several_runs_are_each_beside_their_own_files(whole_run_path: Path, tmp_path: Path) -> None:
+    """The run again under another name: every heading of a file says whose it is."""
+    other = tmp_path / "again"
+    shutil.copytree(whole_run_path, other)
+    page = page_of(whole_run_path, other, out=tmp_path / "both.html")
+    for heading in ("What was expected", "Notes on these figures", "Paired tests"):
+        assert f"{heading} · tiny" in page.text
+        assert f"{heading} · again" in page.text
 
 
 def test_what_is_missing_says_how_to_get_it(tmp_path: Path) -> None:
@@ -112,11 +163,11 @@ def test_what_is_missing_says_how_to_get_it(tmp_path: Path) -> None:
     assert f"opcd evaluate {run} --again writes it" in text
     assert "no costs.json" in text
     trace(run, ["a"], [1.0])
-    (run / "costs.json").write_text('{"training": {"teacher_tokens": 310000}}')
+    (run / "costs.json").write_text(json.dumps(COSTS | {"training": [{"prompt_tokens": 310000}]}))
     text = page_of(run).text
     assert "--again" not in text
     assert "no costs.json" not in text
-    assert "teacher tokens 310,000" in text
+    assert "prompt tokens 310,000" in text
 
 
 def test_text_of_models_and_rows_stays_text(tmp_path: Path) -> None:
@@ -124,7 +175,12 @@ def test_text_of_models_and_rows_stays_text(tmp_path: Path) -> None:
     texts = TEXTS | {"baked": (HOSTILE, HOSTILE, HOSTILE, HOSTILE)}
     run = measured_run(tmp_path / "<script>alert(2)", texts)
     trace(run, [HOSTILE, HOSTILE], [0.1, 9.0])
-    (run / "costs.json").write_text(json.dumps({HOSTILE: {HOSTILE: HOSTILE}}))
+    notes = [{"about": HOSTILE, "note": HOSTILE}]
+    costs = COSTS | {"training": [{HOSTILE: HOSTILE}], "notes": notes}
+    (run / "costs.json").write_text(json.dumps(costs))
+    sides = {side: {HOSTILE: {"mean": 0.5, "stderr": 0.1}} for side in ("base", "baked")}
+    harness = {"tasks": {HOSTILE: sides}, "lm_eval": HOSTILE, "limit": HOSTILE}
+    (run / "harness.json").write_text(json.dumps(harness))
     file = run / "answers.jsonl"
     file.write_text(file.read_text("utf-8").replace("question 1?", "<img src=x onerror=alert(3)>"))
     page = page_of(run)
@@ -157,7 +213,7 @@ def test_several_runs_stand_in_one_table(tmp_path: Path) -> None:
     text = page_of(*runs, out=tmp_path / "both.html").text
     assert "2 runs compared" in text
     assert "Correct, baked, without the context: a 75.0 %, b 25.0 %." in text
-    assert "metric base in_context baked · a baked · b n" in text
+    assert "metric base in_context baked · a baked · b rows" in text
 
 
 def test_a_run_that_nothing_grades_is_reported_all_the_same(tmp_path: Path) -> None:
@@ -171,7 +227,7 @@ def test_a_run_that_nothing_grades_is_reported_all_the_same(tmp_path: Path) -> N
 
 def test_off_policy_is_a_column_where_it_was_measured(tmp_path: Path) -> None:
     run = measured_run(tmp_path / "desk", TEXTS | {"off_policy": TEXTS["base"]})
-    assert "metric base in_context off_policy baked n" in page_of(run).text
+    assert "metric base in_context off_policy baked rows" in page_of(run).text
 
 
 def test_answers_beyond_the_limit_are_counted(

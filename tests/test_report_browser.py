@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from measured import HOSTILE, TEXTS, measured_run, trace
+from measured import COSTS, HOSTILE, TEXTS, measured_run, trace
 from opcd.report import write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
@@ -67,9 +67,21 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trace(run, [HOSTILE, "t" * 300, *"abcd"], [0.02, 0.2, 1.0, 3.0, 9.0, None])
     trace_file = run / "token_kl.jsonl"
     trace_file.write_text(trace_file.read_text("utf-8") * 20)
-    wide = {"prefill": [{f"column_{i}_s": i for i in range(30)}]}
+    wide = COSTS | {"prefill": [{f"column_{i}_s": i for i in range(30)}]}
     (run / "costs.json").write_text(json.dumps(wide))
     return write_report([run], None, None).file
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, whole_run_path: Path) -> Path:
+    """A report of a run beside which every other file lies."""
+    return write_report([whole_run_path], tmp_path_factory.mktemp("page") / "whole.html", None).file
+
+
+@pytest.fixture(params=["page", "whole"])
+def either(request: pytest.FixtureRequest) -> Path:
+    """Both pages, for what must hold of any."""
+    return request.getfixturevalue(request.param)
 
 
 def open_page(browser: Any, page: Path, width: int = 1280, **media: str) -> None:
@@ -87,8 +99,8 @@ def visible(browser: Any, selector: str) -> list[Any]:
     return [e for e in browser.find_elements("css selector", selector) if e.is_displayed()]
 
 
-def test_it_is_quiet_and_asks_for_nothing(browser: Any, page: Path) -> None:
-    open_page(browser, page)
+def test_it_is_quiet_and_asks_for_nothing(browser: Any, either: Path) -> None:
+    open_page(browser, either)
     assert browser.get_log("browser") == []
     messages = [json.loads(e["message"])["message"] for e in browser.get_log("performance")]
     asked = [
@@ -96,7 +108,7 @@ def test_it_is_quiet_and_asks_for_nothing(browser: Any, page: Path) -> None:
         for message in messages
         if message["method"] == "Network.requestWillBeSent"
     ]
-    assert [url for url in asked if not url.startswith("data:")] == [page.as_uri()]
+    assert [url for url in asked if not url.startswith("data:")] == [either.as_uri()]
 
 
 def test_hostile_text_is_shown_and_not_run(browser: Any, page: Path) -> None:
@@ -134,22 +146,51 @@ def test_the_buttons_and_the_search_filter_answers(browser: Any, page: Path) -> 
     assert browser.find_element("id", "count").text == "1 of 4 shown"
 
 
-@pytest.mark.parametrize("width", [375, 1280])
-def test_nothing_scrolls_sideways_but_tables(browser: Any, page: Path, width: int) -> None:
-    open_page(browser, page, width)
+def test_every_section_can_be_reached_and_seen(browser: Any, whole: Path) -> None:
+    open_page(browser, whole, 360)
+    links = visible(browser, "nav a")
+    names = [link.text for link in links]
+    assert names[:5] == ["What was measured", "Compared", "Before training", "Benchmarks", "Costs"]
+    for link in links:
+        section = browser.find_element("css selector", link.get_attribute("hash"))
+        assert section.find_element("css selector", "h2").is_displayed()
+    assert "Notes on these figures" in [e.text for e in visible(browser, "h3")]
+    assert len(visible(browser, "#compared [role=listitem]")) == 4
+
+
+def test_the_names_of_rows_stay_in_sight_on_a_phone(browser: Any, page: Path) -> None:
+    """A table that is scrolled inside its box still says what its rows are."""
+    open_page(browser, page, 360)
+    moved = browser.execute_script(
+        "const box = [...document.querySelectorAll('.scroll')]"
+        ".find((e) => e.scrollWidth > e.clientWidth);"
+        "box.scrollLeft = 40;"
+        "const name = box.querySelector('tbody th').getBoundingClientRect().left;"
+        "return [box.scrollLeft, Math.round(name - box.getBoundingClientRect().left)];"
+    )
+    assert moved == [40, 0]
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_nothing_scrolls_sideways_but_tables(browser: Any, either: Path, width: int) -> None:
+    open_page(browser, either, width)
     assert browser.execute_script("return innerWidth") == width
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-    inner = (
-        "return [...document.querySelectorAll('.scroll')].map(e => e.scrollWidth > e.clientWidth)"
-    )
-    assert any(browser.execute_script(inner))
+    if width == 360:
+        inner = (
+            "return [...document.querySelectorAll('.scroll')]"
+            ".map(e => e.scrollWidth > e.clientWidth)"
+        )
+        assert any(browser.execute_script(inner))
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_has_contrast_in_both_schemes(browser: Any, page: Path, scheme: str) -> None:
-    open_page(browser, page, scheme=scheme)
-    everything = "p, h1, h2, h3, th, td, td .ci, .note, .who span, .value, button, a, summary"
-    found = browser.execute_script(CONTRAST, f".legend span, .tokens span, {everything}")
+def test_text_has_contrast_in_both_schemes(browser: Any, either: Path, scheme: str) -> None:
+    open_page(browser, either, scheme=scheme)
+    everything = (
+        "p, h1, h2, h3, th, td, td .ci, .note, .who span, .value, button, a, summary, li, code"
+    )
+    found = browser.execute_script(CONTRAST, f".legend span, .tokens span, summary, {everything}")
     assert len(found) > 100
     assert min(found) >= 4.5
 

@@ -11,14 +11,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from measured import HARNESS
 from opcd import training
 from opcd.adapters import trainable, tune
+from opcd.alternatives import Alternatives
 from opcd.assembly import Parts, assemble
+from opcd.comparing import compare, search
 from opcd.config import Run, load_config
 from opcd.config.training import Full, Lora
+from opcd.costing import cost_run
+from opcd.costs import Prices
 from opcd.distill import StepReport, Trainer
+from opcd.programs import gap_of
 from opcd.rollouts.engine import Prompt
 from opcd.rollouts.scripted import ScriptedEngine
+from opcd.runs import write_json
 from opcd.types import PromptPair, Rollout
 from worlds import END_ID, SPECIALS, tiny_llama, write_jsonl
 
@@ -117,6 +124,19 @@ def make_run(tmp_path: Path, model_path: Path, *overrides: str, **recipe: Any) -
     """A tiny run whose folder lies under `tmp_path`."""
     toml = write_recipe(tmp_path / "recipe", model_path, **recipe)
     return load_config(toml, [f"out={tmp_path / 'runs'}", *overrides])
+
+
+def whole_run(folder: Path, model_path: Path) -> Path:
+    """A tiny run beside which lies everything that a page shows, each file from its own command."""
+    few = ("steps=2", "evaluation.every_steps=2", "optimizer.lr=0.02", "optimizer.warmup_steps=0")
+    run = make_run(folder, model_path, *few, system="Answer in one lower-case word, please. " * 9)
+    path = run.out / run.name
+    gap_of(run)
+    search(run, (0.01, 0.03), str)
+    compare(run, 2, str)
+    cost_run(path, Prices(1.0, 2.0, 0.25, 3.0), [1], Alternatives(True, 1))
+    write_json(path / "harness.json", HARNESS)
+    return path
 
 
 def nudge(model: Any, seed: int = 0, size: float = 0.05) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from opcd.findings import Findings
+from opcd.glossary import metric_name
 from opcd.tables import is_share
 
 LOG_RATIO = 50
@@ -15,7 +16,7 @@ TRAINING = (
     ("anchor_kl_nats_per_token", "KL to the base model on anchors", "nats per token"),
     (
         "context_return_kl_nats_per_token",
-        "KL to the base model, the context given again",
+        "KL to base, the context given again",
         "nats per token",
     ),
     ("student_entropy_nats", "Entropy of the student", "nats"),
@@ -74,7 +75,7 @@ def charts_of(runs: Sequence[Findings]) -> list[Chart]:
     for name in names:
         if not UNMEASURED.fullmatch(name):
             unit = "nats per token" if name == "kl_nats_per_token" else _unit(name)
-            title = "KL to the teacher" if name == "kl_nats_per_token" else name.replace("_", " ")
+            title = "KL to the teacher" if name == "kl_nats_per_token" else metric_name(name)
             lines = _lines(runs, name, "validation")
             slug = re.sub(r"[^A-Za-z0-9_-]", "_", f"validation_{name}")
             charts.append(Chart(slug, f"Validation: {title}", unit, lines, warmups))

@@ -66,9 +66,9 @@ def gap(config: ConfigPath, overrides: Overrides = None) -> None:
     from opcd.config import load_config
 
     run = load_config(config, overrides or [])
-    from opcd.gap import verdict
     from opcd.programs import gap_of
     from opcd.tables import gap_table
+    from opcd.verdict import verdict
 
     found = gap_of(run)
     console.print(gap_table(found))

@@ -1,4 +1,4 @@
-"""What a report shows of a run's rows: answers, tokens with their KL, tables of costs."""
+"""What a report shows of a run's rows: answers side by side, tokens with their KL."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,14 +12,6 @@ TOKEN_ROWS_SHOWN = 200
 """More than that, a browser cannot scroll; the page says what is left out."""
 KL_EDGES_NATS = (0.01, 0.1, 0.5, 2.0, 8.0)
 """Where one colour of a token ends and the next begins."""
-COST_TABLES = {
-    "prompt_tokens": "Tokens in a prompt",
-    "prefill": "Reading the prompt",
-    "kv_cache": "Keys and values in memory",
-    "training": "Training",
-    "break_even": "Break-even",
-}
-"""Key in costs.json, heading; other keys follow under their own names."""
 
 
 def answer_rows(columns: Sequence[Column], runs: Sequence[Findings]) -> list[dict[str, Any]]:
@@ -78,37 +70,6 @@ def _token(text: str, kl_nats: float | None) -> tuple[str, int | str, str]:
     if kl_nats is None:
         return shown, "x", "not finite"
     return shown, sum(kl_nats >= edge for edge in KL_EDGES_NATS), f"{max(kl_nats, 0):.3f}"
-
-
-def cost_tables(costs: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[Any]]]]:
-    """Tables of `costs.json`: heading, column names, rows; whatever the numbers are."""
-    tables: list[tuple[str, list[str], list[list[Any]]]] = []
-    for key in [
-        *(k for k in COST_TABLES if k in costs),
-        *(k for k in costs if k not in COST_TABLES),
-    ]:
-        heading, value = COST_TABLES.get(key, key.replace("_", " ")), costs[key]
-        if isinstance(value, Mapping):
-            tables.append((heading, ["", ""], [[name, v] for name, v in value.items()]))
-        elif isinstance(value, list) and all(isinstance(row, Mapping) for row in value):
-            names = list(dict.fromkeys(name for row in value for name in row))
-            tables.append((heading, names, [[row.get(name) for name in names] for row in value]))
-        else:
-            tables.append((heading, ["", ""], [[key, value]]))
-    return tables
-
-
-def cost_text(value: Any) -> str:
-    """A value of `costs.json` as text."""
-    if value is None:
-        return "-"
-    if isinstance(value, bool | str):
-        return str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return json.dumps(value, ensure_ascii=False)
 
 
 def _tags(row: Mapping[str, Any]) -> set[str]:

@@ -80,7 +80,7 @@ def write_figures(charts: Sequence[Chart], folder: Path) -> list[Path]:
 def draw(chart: Chart) -> Figure:
     """The chart, in the colours of a white page."""
     figure = Figure(figsize=(4.6, 2.9))
-    figure.subplots_adjust(left=0.16, right=0.98, bottom=0.17, top=0.9)
+    figure.subplots_adjust(left=0.19, right=0.98, bottom=0.17, top=0.9)
     axes: Axes = figure.subplots()
     for line in chart.lines:
         _draw_line(axes, chart, line)

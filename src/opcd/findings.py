@@ -12,6 +12,12 @@ from opcd.runs import RunFolder, open_run, read_best, read_jsonl
 
 SUMMARY_KEYS = ("suites", "paired", "split", "checkpoint", "context_tokens", "seed")
 TOKEN_KL_KEYS = ("base_kl_nats", "baked_kl_nats")
+COSTS_KEYS = ("prompt_tokens", "prefill", "kv_cache", "training", "break_even", "notes")
+COMPARISON_KEYS = ("split", "rows", "checkpoints", "suites", "paired", "seeds")
+SEARCH_KEYS = ("selected_by", "chosen", "rows")
+GAP_KEYS = ("split", "rows", "metrics", "margin_nats", "margin_nats_by_answer")
+HARNESS_KEYS = ("tasks", "lm_eval", "limit")
+HARNESS_NUMBERS = {"mean", "stderr"}
 
 Rows = list[dict[str, Any]]
 
@@ -33,7 +39,15 @@ class Findings:
     token_kl: Rows
     """Empty where the run has no `token_kl.jsonl`."""
     costs: dict[str, Any]
-    """Empty where the run has no `costs.json`."""
+    """Empty where the run has no `costs.json`; so are those that follow."""
+    gap: dict[str, Any]
+    """What was expected before training."""
+    search: dict[str, Any]
+    """Learning rates that were tried."""
+    comparison: dict[str, Any]
+    """The run beside another way to train it."""
+    harness: dict[str, Any]
+    """Public benchmarks before and after training."""
 
     @property
     def conditions(self) -> tuple[str, ...]:
@@ -108,7 +122,10 @@ def _read_run(path: Path, label: str) -> Findings:
     token_kl = _read_rows(folder.token_kl)
     for row in token_kl:
         _check_token_row(folder.token_kl, row)
-    costs = _read_object(folder.costs) if folder.costs.is_file() else {}
+    comparison = _read_optional(folder.comparison, COMPARISON_KEYS, "opcd compare")
+    harness = _read_harness(folder.harness)
+    _check_weights(folder.comparison, comparison.get("checkpoints", {}).get(config.name), best)
+    _check_weights(folder.harness, harness.get("checkpoint"), best)
     return Findings(
         label=label,
         folder=folder,
@@ -119,8 +136,47 @@ def _read_run(path: Path, label: str) -> Findings:
         metrics=_read_rows(folder.metrics),
         validation=_read_rows(folder.validation),
         token_kl=token_kl,
-        costs=costs,
+        costs=_read_optional(folder.costs, COSTS_KEYS, f"opcd costs {path}"),
+        gap=_read_optional(folder.gap, GAP_KEYS, "opcd gap"),
+        search=_read_optional(folder.search, SEARCH_KEYS, "opcd search"),
+        comparison=comparison,
+        harness=harness,
     )
+
+
+def _read_optional(file: Path, keys: Sequence[str], command: str) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    found = _read_object(file)
+    if missing := [key for key in keys if key not in found]:
+        raise RunFolderError(
+            f"{file} lacks {', '.join(missing)}, so another version wrote it; delete it, or write "
+            f"it again with {command}"
+        )
+    return found
+
+
+def _read_harness(file: Path) -> dict[str, Any]:
+    found = _read_optional(file, HARNESS_KEYS, "what measured it")
+    for task, sides in found.get("tasks", {}).items():
+        base, baked = (sides.get(side, {}) for side in ("base", "baked"))
+        whole = all(set(v) >= HARNESS_NUMBERS for v in (*base.values(), *baked.values()))
+        if not base or base.keys() != baked.keys() or not whole:
+            raise RunFolderError(
+                f"{file}: {task} needs the same metrics for base and baked, each with mean and "
+                "stderr; delete the file, or measure again"
+            )
+    return found
+
+
+def _check_weights(file: Path, compared: str | None, best: Mapping[str, Any]) -> None:
+    """`compared` is the checkpoint that a file is about; `None` where it does not say."""
+    held = f"step-{best['step']}"
+    if compared not in (None, held):
+        raise RunFolderError(
+            f"{file} is about {compared}, but best/ holds {held}: the numbers are of other "
+            "weights; delete the file, or write it again"
+        )
 
 
 def _read_evaluation(folder: RunFolder) -> tuple[dict[str, Any], Rows]:

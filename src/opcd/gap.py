@@ -22,17 +22,8 @@ from opcd.responses import (
     teacher_margins,
 )
 
-NOTHING_NATS_PER_TOKEN = 0.02
-"""Below it, the context hardly changes what is answered."""
-UNSURE_NATS = 0.5
-"""A teacher whose two likeliest tokens are nearer than this, on average, hesitates."""
-APART_NATS = 1.5
-"""So much, summed over the two least sure answers, is wanted between them: a desk with 1.15 was
-baked to 11 points below its context, the same desk with 2.1 was not."""
 MOST_ANSWERS = 12
 """With more different answers than this, they are no labels to be told apart."""
-LARGE_CONTEXT_TOKENS = 8_000
-"""More than this is a library rather than a behaviour."""
 
 
 def measure_gap(parts: Parts) -> dict[str, Any]:
@@ -93,85 +84,6 @@ def margins_by_answer(items: Sequence[Item], least: Mapping[str, float]) -> dict
             groups.setdefault(str(item.task.answer), []).append(least[item.task.id])
     labels = 1 < len(groups) <= MOST_ANSWERS and 2 * len(groups) <= len(items)
     return {answer: mean(values) for answer, values in groups.items()} if labels else {}
-
-
-def verdict(gap: Mapping[str, Any]) -> list[str]:
-    """What to expect of baking this context, in words."""
-    lines = [*_on_gain(gap), *_on_sureness(gap)]
-    if gap["context_type"] == "column":
-        lines.append(
-            "Every row brings a context of its own. Lessons and rubrics can be baked in that way; "
-            "facts that are looked up for a row cannot: keep those in retrieval."
-        )
-    if gap["context_tokens"] > LARGE_CONTEXT_TOKENS:
-        lines.append(
-            f"{gap['context_tokens']:,} tokens are more than a behaviour: weights will keep the "
-            "manner and lose facts. Bake the rules, keep the facts in retrieval."
-        )
-    lines.append(
-        "If the context changes every week, do not bake it: each change is a training run. "
-        "Retrieval, or a server that caches the prompt, is the better place for it."
-    )
-    return lines
-
-
-def _on_gain(gap: Mapping[str, Any]) -> list[str]:
-    kl_nats = gap["kl_nats_per_token"]["mean"]
-    name = gap["selected_by"]
-    found = gap["metrics"].get(name) if name else None
-    if found is None:
-        return [
-            f"There is no grader, so only the distance speaks: the context moves the model by "
-            f"{kl_nats:.2f} nats a token"
-            + (
-                ", which is next to nothing: there is nothing to bake."
-                if kl_nats < NOTHING_NATS_PER_TOKEN
-                else ". Whether that is for the better has to be judged by a grader or by reading."
-            )
-        ]
-    base, after = found["base"]["mean"], found["in_context"]["mean"]
-    points, sure = 100 * (after - base), found["p"] < 0.05
-    seen = f"{name}: base {100 * base:.1f} %, in_context {100 * after:.1f} % ({points:+.1f} points)"
-    if points < 0 and sure:
-        return [
-            f"{seen}. The context makes this model worse, as happens to small models that read a "
-            "larger one's lessons: baking it in would bake in the harm. A larger frozen teacher "
-            'that the context helps may still work: teacher = {type = "frozen", path = ...}.'
-        ]
-    if not sure and kl_nats < NOTHING_NATS_PER_TOKEN:
-        return [f"{seen}. The context changes next to nothing: there is nothing to bake."]
-    if not sure:
-        return [
-            f"{seen}, p = {found['p']:.2g}: no difference that {gap['rows']} rows can show. The "
-            f"context does change the answers ({kl_nats:.2f} nats a token), so style may be baked "
-            "in; do not expect this metric to move."
-        ]
-    return [
-        f"{seen}, p = {found['p']:.2g}. There is something to bake: expect a baked model near "
-        f"{100 * after:.0f} %, and seldom above."
-    ]
-
-
-def _on_sureness(gap: Mapping[str, Any]) -> list[str]:
-    margin, tenth = gap["margin_nats"]["mean"], gap["margin_nats_lowest_tenth"]
-    help_ = (
-        "A student learns the hesitation too. Other words for the labels, or clearer examples, "
-        "often cost nothing and help; or lower loss.temperature."
-    )
-    least = sorted(gap["margin_nats_by_answer"].items(), key=lambda pair: pair[1])[:2]
-    apart = sum(nats for _, nats in least)
-    if least and apart < APART_NATS:
-        names = " and ".join(answer for answer, _ in least)
-        return [
-            f"The teacher hardly tells its two least sure answers apart: {names} are {apart:.2f} "
-            f"nats ahead of the next token, together. {help_}"
-        ]
-    if margin >= UNSURE_NATS:
-        return []
-    return [
-        f"The teacher hesitates: where an answer is least sure its likeliest token is only "
-        f"{margin:.2f} nats ahead of the next ({tenth:.2f} in the lowest tenth). {help_}"
-    ]
 
 
 def _difference(before: Sequence[float], after: Sequence[float]) -> Estimate:

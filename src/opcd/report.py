@@ -6,35 +6,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from opcd.charts import Chart, charts_of
-from opcd.columns import columns_of, estimate_of, number, suite_tables
+from opcd.columns import Column, columns_of, compared_columns, estimate_of, number, suite_tables
+from opcd.companions import gap_grids, harness_grid, paired_sentences, search_grid, spread_grid
+from opcd.cost_tables import cost_grids, notes_lines
 from opcd.errors import InputError
-from opcd.exhibits import answer_rows, cost_tables, cost_text, kl_legend, token_rows
+from opcd.exhibits import answer_rows, kl_legend, token_rows
 from opcd.figures import inline_svg, write_figures
 from opcd.findings import Findings, read_findings
+from opcd.glossary import CONDITIONS, SUITES, explanation, metric_name
 from opcd.runs import write_text
+from opcd.verdict import verdict
 
 ANSWERS_SHOWN = 1000
 """More than that, a browser cannot scroll; the page says what is left out."""
-EXPLAINED = {
-    "valid": "well-formed, says the grader",
-    "correct": "right, says the grader",
-    "agreement": "same text as in_context",
-    "truncated": "cut off at the token limit",
-    "kl_nats_per_token": "KL(base || baked) along the base's answers",
-    "greedy_agreement": "tokens that base and baked both write",
-    "length_ratio": "baked tokens over base tokens",
-    "form": "answers in the form that was baked in",
-    "quoted": "five-word runs that stand in the context",
-    "talk": "answers that speak of instructions or a prompt",
-    "task kl_nats_per_token": "KL to the teacher along a model's own answers",
-}
-"""Metric -> what it says; one suite's own meaning has the suite's name before it."""
-SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +59,8 @@ def render(runs: Sequence[Findings], charts: Sequence[Chart]) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["sha256"] = _sha256
-    environment.filters["cell"] = cost_text
+    environment.filters["named"] = metric_name
+    environment.globals["explanation"] = explanation
     source = (resources.files("opcd") / "report.html").read_text(encoding="utf-8")
     columns = columns_of(runs)
     metric = headline_metric(runs[0])
@@ -77,15 +68,17 @@ def render(runs: Sequence[Findings], charts: Sequence[Chart]) -> str:
         runs=runs,
         title=runs[0].label if len(runs) == 1 else f"{len(runs)} runs compared",
         metric=metric,
-        headline=[(column.label, estimate_of(column, "task", metric)) for column in columns],
+        headline=bars(columns, metric),
         sentences=sentences(runs, metric),
         facts=facts(runs),
+        meant=conditions_met(columns),
         columns=[column.label for column in columns],
         suites=suite_tables(columns),
-        explained=EXPLAINED,
-        paired=[(run.label, paired_sentences(run)) for run in runs],
+        suite_names=SUITES,
+        paired=[
+            (run.label, paired_sentences(run.summary["paired"]), len(run.answers)) for run in runs
+        ],
         totals=totals(runs),
-        costs=[(run.label, cost_tables(run.costs)) for run in runs],
         charts=[(chart, Markup(inline_svg(chart))) for chart in charts],
         answers=answer_rows(columns, runs)[:ANSWERS_SHOWN],
         answer_count=len(runs[0].answers),
@@ -95,7 +88,55 @@ def render(runs: Sequence[Findings], charts: Sequence[Chart]) -> str:
         untraced=[run for run in runs if not run.token_kl],
         legend=kl_legend(),
         configs=[(run.label, run.folder.config.read_text(encoding="utf-8")) for run in runs],
+        **companions(runs),
     )
+
+
+def companions(runs: Sequence[Findings]) -> dict[str, Any]:
+    """What the page shows of the files that a run may have or not."""
+    return {
+        "compared": [compared(run) for run in runs if run.comparison],
+        "searched": [(run.label, search_grid(run.search)) for run in runs if run.search],
+        "expected": [
+            (run.label, run.gap, verdict(run.gap), gap_grids(run.gap)) for run in runs if run.gap
+        ],
+        "harnessed": [
+            (run.label, run.harness, harness_grid(run.harness)) for run in runs if run.harness
+        ],
+        "costs": [
+            (run.label, cost_grids(run.costs), notes_lines(run.costs) if run.costs else [])
+            for run in runs
+        ],
+    }
+
+
+def compared(run: Findings) -> dict[str, Any]:
+    """A run beside another way to train it, on the same rows."""
+    columns, found = compared_columns(run), run.comparison
+    metric = headline_metric(run)
+    return {
+        "label": run.label,
+        "found": found,
+        "metric": metric,
+        "meant": conditions_met(columns),
+        "bars": bars(columns, metric),
+        "columns": [column.label for column in columns],
+        "suites": suite_tables(columns),
+        "paired": paired_sentences(found["paired"]),
+        "spread": spread_grid(found),
+    }
+
+
+def bars(columns: Sequence[Column], metric: str) -> list[tuple[str, dict[str, Any]]]:
+    """The headline: a metric of the task under each condition that it was measured under."""
+    found = [(column.label, estimate_of(column, "task", metric)) for column in columns]
+    return [(label, estimate) for label, estimate in found if estimate]
+
+
+def conditions_met(columns: Sequence[Column]) -> dict[str, str]:
+    """The conditions of a table, and what they mean."""
+    met = {column.condition for column in columns}
+    return {name: meaning for name, meaning in CONDITIONS.items() if name in met}
 
 
 def headline_metric(run: Findings) -> str:
@@ -106,7 +147,8 @@ def headline_metric(run: Findings) -> str:
 
 def sentences(runs: Sequence[Findings], metric: str) -> list[str]:
     """The result, for someone who reads nothing else."""
-    name = metric.replace("_", " ").capitalize()
+    name = metric_name(metric)
+    name = name[0].upper() + name[1:]
     if len(runs) > 1:
         means = {run.label: run.summary["suites"]["task"]["baked"].get(metric) for run in runs}
         found = [f"{label} {number(metric, m['mean'])}" for label, m in means.items() if m]
@@ -136,32 +178,12 @@ def facts(runs: Sequence[Findings]) -> list[tuple[str, list[str]]]:
         "context": lambda run: run.config.context.type,
         "context tokens gone": lambda run: f"{run.summary['context_tokens']:,}",
         "checkpoint": lambda run: run.summary["checkpoint"],
-        "chosen by": lambda run: run.best.get("chosen_by", "not said"),
+        "chosen by": lambda run: metric_name(run.best.get("chosen_by", "not said")),
         "split": lambda run: run.summary["split"],
         "rows": lambda run: f"{len(run.answers):,}",
         "seed": lambda run: str(run.summary["seed"]),
     }
     return [(name, [tell(run) for run in runs]) for name, tell in told.items()]
-
-
-def paired_sentences(run: Findings) -> list[str]:
-    """The paired tests in words."""
-    told: list[str] = []
-    for test in run.summary["paired"]:
-        points = 100 * test["difference"]
-        chance = (
-            "more than chance explains"
-            if test["p"] < SIGNIFICANT
-            else "chance alone could explain it"
-        )
-        p = "p < 0.001" if test["p"] < 0.001 else f"p = {test['p']:.2g}"
-        where = "above" if points > 0 else "below"
-        distance = f"{abs(points):.1f} points {where}" if points else "level with"
-        told.append(
-            f"{test['first']} is {distance} {test['second']} in {test['metric']}: {chance} "
-            f"({p}, {test['test']}, {len(run.answers):,} rows)."
-        )
-    return told
 
 
 def totals(runs: Sequence[Findings]) -> list[tuple[str, list[str]]]:
@@ -174,7 +196,7 @@ def totals(runs: Sequence[Findings]) -> list[tuple[str, list[str]]]:
         "steps": lambda run: f"{len(run.metrics):,}",
         "steps skipped": lambda run: f"{total(run, 'skipped_steps'):,.0f}",
         "response tokens trained on": lambda run: f"{total(run, 'response_tokens'):,.0f}",
-        "wall, s": lambda run: f"{total(run, 'wall_s'):,.1f}",
+        "time, s": lambda run: f"{total(run, 'wall_s'):,.1f}",
         "of it answering, s": lambda run: f"{total(run, 'rollout_s'):,.1f}",
         "of it the teacher, s": lambda run: f"{total(run, 'teacher_s'):,.1f}",
         "of it the student, s": lambda run: f"{total(run, 'train_s'):,.1f}",

@@ -1,6 +1,7 @@
 """Results as tables for a terminal."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
@@ -23,6 +24,32 @@ SHARES = (
     "talk",
 )
 """Metrics that read best as percentages."""
+COMPARED = ("base", "in_context", "off_policy", "baked")
+"""The conditions of `comparison.json`, as they stand side by side."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A table of texts, for a terminal or a page."""
+
+    title: str
+    headings: list[str]
+    """Empty where the rows name themselves."""
+    rows: list[list[str]]
+
+    def has_words(self, index: int) -> bool:
+        """Whether a column is read from the left; numbers stand one below the other."""
+        return any(row[index][:1].isalpha() for row in self.rows)
+
+    def for_terminal(self) -> Table:
+        """Words to the left, numbers to the right; nothing in a cell is markup."""
+        table = Table(title=self.title, show_header=any(self.headings))
+        for index, name in enumerate(self.headings):
+            side = "left" if self.has_words(index) else "right"
+            table.add_column(name, justify=side, overflow="fold")
+        for row in self.rows:
+            table.add_row(*map(escape, row))
+        return table
 
 
 def is_share(metric: str) -> bool:
@@ -41,7 +68,7 @@ def comparison_table(found: Mapping[str, Any]) -> Table:
     """The same with `off_policy` beside them, and which checkpoints these are."""
     checkpoints = ", ".join(f"{name} {step}" for name, step in found["checkpoints"].items())
     title = f"{found['rows']} {found['split']} rows; {checkpoints}"
-    return _suites_table(title, found["suites"], ("base", "in_context", "off_policy", "baked"))
+    return _suites_table(title, found["suites"], COMPARED)
 
 
 def spread_lines(found: Mapping[str, Any]) -> list[str]:
