@@ -133,7 +133,7 @@ def whole_run(folder: Path, model_path: Path) -> Path:
     path = run.out / run.name
     gap_of(run)
     search(run, (0.01, 0.03), str)
-    compare(run, 2, str)
+    compare(run, 2, (), str)
     cost_run(path, Prices(1.0, 2.0, 0.25, 3.0), [1], Alternatives(True, 1))
     write_json(path / "harness.json", HARNESS)
     return path
