@@ -52,6 +52,19 @@ def test_the_verdict_says_what_to_expect(found: dict[str, Any], said: str) -> No
     assert "Retrieval" in lines[-1], "when not to bake at all is always said"
 
 
+def test_a_class_that_the_context_fails_is_named() -> None:
+    """A desk that never says yes is right half of the time; what is unsure is not blamed."""
+    metrics = {
+        name: {"base": number(0.0), "in_context": number(share), "p": 0.01}
+        for name, share in (("correct", 0.5), ("correct_yes", 0.06), ("correct_no", 0.94))
+    }
+    lines = verdict(gap(metrics=metrics))
+    assert [line for line in lines if "even in_context" in line] == [lines[1]]
+    assert lines[1].startswith("correct_yes is 6 % even in_context")
+    metrics["correct_yes"]["in_context"]["ci95"] = [0.01, 0.6]
+    assert len(verdict(gap(metrics=metrics))) == 2
+
+
 def test_a_sure_teacher_with_a_small_context_is_not_warned_of() -> None:
     assert len(verdict(gap())) == 2
     assert len(verdict(gap(margin_nats_by_answer={"yes": 0.9, "no": 0.8}))) == 2

@@ -10,13 +10,15 @@ UNSURE_NATS = 0.5
 APART_NATS = 1.5
 """So much, summed over the two least sure answers, is wanted between them: a desk with 1.15 was
 baked to 11 points below its context, the same desk with 2.1 was not."""
+SELDOM_RIGHT = 0.5
+"""A class is said to fail where even the upper end of its interval is below this."""
 LARGE_CONTEXT_TOKENS = 8_000
 """More than this is a library rather than a behaviour."""
 
 
 def verdict(gap: Mapping[str, Any]) -> list[str]:
     """What to expect of baking this context, in words."""
-    lines = [*_on_gain(gap), *_on_sureness(gap)]
+    lines = [*_on_gain(gap), *_on_classes(gap), *_on_sureness(gap)]
     if gap["context_type"] == "column":
         lines.append(
             "Every row brings a context of its own. Lessons and rubrics can be baked in that way; "
@@ -68,6 +70,21 @@ def _on_gain(gap: Mapping[str, Any]) -> list[str]:
     return [
         f"{seen}, p = {found['p']:.2g}. There is something to bake: expect a baked model near "
         f"{100 * after:.0f} %, and seldom above."
+    ]
+
+
+def _on_classes(gap: Mapping[str, Any]) -> list[str]:
+    """The classes that the context fails, which a share over all rows hides."""
+    of_classes = f"{gap['selected_by']}_"
+    failed = {
+        name: found["in_context"]["mean"]
+        for name, found in gap["metrics"].items()
+        if name.startswith(of_classes) and found["in_context"]["ci95"][1] < SELDOM_RIGHT
+    }
+    return [
+        f"{name} is {100 * share:.0f} % even in_context: the context does not work for those rows, "
+        "and a student learns that too. Mend the context, or take a larger teacher, first."
+        for name, share in failed.items()
     ]
 
 
