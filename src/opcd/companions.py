@@ -9,11 +9,11 @@ from typing import Any
 
 from opcd.columns import digits, estimate_texts, number
 from opcd.glossary import metric_name
+from opcd.intervals import SIGNIFICANT
 from opcd.tables import COMPARED, Grid, is_share
 
 HARNESS_SHARES = ("acc", "exact_match", "em", "f1", "mc", "pass", "prompt_level", "inst_level")
 """Beginnings of lm_eval's metrics that are shares; others are shown as they are."""
-SIGNIFICANT = 0.05
 DISTANCES = {
     "kl_nats_per_token": "KL of in_context from base, nats per token",
     "kl_nats_per_response": "KL of in_context from base, nats per answer",

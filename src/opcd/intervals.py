@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 BOOTSTRAP_DRAWS = 2000
 Z_95 = 1.959964
+SIGNIFICANT = 0.05
+"""A p below it counts as more than chance."""
 
 
 class Estimate(NamedTuple):

@@ -10,7 +10,7 @@ parts is exact, nothing is approximated.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -52,11 +52,15 @@ def read_prefix(model: Any, ids: Sequence[int]) -> SharedPrefix:
     cache = DynamicCache(config=causal_model(model).config)
     for part_P in torch.tensor(ids, device=device).split(PREFILL_TOKENS):
         decoder(input_ids=part_P.unsqueeze(0), past_key_values=cache, use_cache=True)
-    read: Any = cache.layers
+    return keep_prefix(model, cache, ids)
+
+
+def keep_prefix(model: Any, cache: DynamicCache, ids: Sequence[int]) -> SharedPrefix:
+    """The keys and values that a model left in the cache of one row, in the dtype to attend in."""
     # Under autocast the cache keeps float32, which attention would turn into bfloat16 every time. A
     # CPU's fused kernel, though, takes half as long again in bfloat16.
-    dtype = compute_dtype(model)
-    if device.type == "cpu":
+    dtype, read = compute_dtype(model), cast(Any, cache.layers)
+    if read[0].keys.device.type == "cpu":
         dtype = torch.promote_types(dtype, torch.float32)
     layers = [(layer.keys[0].to(dtype), layer.values[0].to(dtype)) for layer in read]
     return SharedPrefix(*(tuple(part) for part in zip(*layers, strict=True)), ids=tuple(ids))

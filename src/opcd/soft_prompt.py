@@ -20,7 +20,7 @@ from opcd.chunking import chunked_stats
 from opcd.config.training import ExactSupport
 from opcd.distill import cut_portions, prompt_of, weigh
 from opcd.models import PLAIN_ATTENTION_TOKENS, attention, output_head
-from opcd.prefix_cache import SharedPrefix
+from opcd.prefix_cache import SharedPrefix, keep_prefix
 from opcd.responses import Response, grade
 from opcd.rollouts.engine import Sampling
 from opcd.rollouts.hf import decode
@@ -132,10 +132,8 @@ def read_soft_prompt(tuned: Any) -> SharedPrefix:
     cache = DynamicCache(config=model.config)
     soft_1PD = tuned.get_prompt(batch_size=1).to(model.dtype)
     model.get_decoder()(inputs_embeds=soft_1PD, past_key_values=cache, use_cache=True)
-    read: Any = cache.layers
-    keys, values = (tuple(getattr(layer, side)[0] for layer in read) for side in ("keys", "values"))
     # Virtual tokens have no ids.
-    return SharedPrefix(keys, values, ids=(-1,) * soft_1PD.shape[1])
+    return keep_prefix(model, cache, (-1,) * soft_1PD.shape[1])
 
 
 def respond_behind(

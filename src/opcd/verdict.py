@@ -3,13 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
+from opcd.intervals import SIGNIFICANT
+
 NOTHING_NATS_PER_TOKEN = 0.02
 """Below it, the context hardly changes what is answered."""
 UNSURE_NATS = 0.5
 """A teacher whose two likeliest tokens are nearer than this, on average, hesitates."""
 APART_NATS = 1.5
 """So much, summed over the two least sure answers, is wanted between them: a desk with 1.15 was
-baked to 11 points below its context, the same desk with 2.1 was not."""
+baked to 11 points below its context, one with 2.1 was not."""
 SELDOM_RIGHT = 0.5
 """A class is said to fail where even the upper end of its interval is below this."""
 LARGE_CONTEXT_TOKENS = 8_000
@@ -51,7 +53,7 @@ def _on_gain(gap: Mapping[str, Any]) -> list[str]:
             )
         ]
     base, after = found["base"]["mean"], found["in_context"]["mean"]
-    points, sure = 100 * (after - base), found["p"] < 0.05
+    points, sure = 100 * (after - base), found["p"] < SIGNIFICANT
     seen = f"{name}: base {100 * base:.1f} %, in_context {100 * after:.1f} % ({points:+.1f} points)"
     if points < 0 and sure:
         return [
