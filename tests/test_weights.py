@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 
@@ -81,9 +82,11 @@ def test_a_broken_gguf_is_named_and_leaves_nothing(
 ) -> None:
     file = tmp_path / "broken-7b.gguf"
     file.write_bytes(contents)
+    reader = gguf.GGUFReader
     with pytest.raises(ModelError, match=r"broken-7b.gguf is not a readable GGUF file .*again"):
         locate(str(file))
     assert not list(cache.iterdir())
+    assert gguf.GGUFReader is reader, "what gguf remembers is for one conversion"
 
 
 def test_a_gguf_is_converted_once(
