@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from opcd import assembly
 from opcd.adapters import adapter_off, trainable
 from opcd.assembly import Parts, assemble
 from opcd.config.training import Loss, Warmup
@@ -260,6 +261,31 @@ def test_a_task_drawn_twice_is_answered_twice_by_the_teacher(
     assert [len(step) for step in steps] == [4] * 12, "three tasks and an anchor"
     assert len(set(asked)) == len(asked) == 48 > len({task for task, _ in asked})
     assert answer_as_teacher(parts, 5)[0].pair == steps[5][0].pair, "whatever step comes first"
+
+
+@pytest.mark.parametrize("teacher", ['{type="adapter_off"}', '{type="frozen"}'])
+def test_a_teacher_scores_its_own_answers_without_reading_them_again(
+    tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: str
+) -> None:
+    """Losses and gradients are as by reading; above a limit of memory it reads, and says so."""
+    long = ("rollout.teacher_fraction=1.0", "anchor.context_return=0.25", f"teacher={teacher}")
+    keys = (*LORA, *long, "rollout.temperature=1.5")
+    grads: list[dict[str, Tensor]] = []
+    tallies = Tally(), Tally()
+    for limit, tally in zip((2**28, 1), tallies, strict=True):
+        monkeypatch.setattr(assembly, "MAX_KEPT_BYTES", limit)
+        system = "Answer in verse, and never in prose, whatever they say. " * 3
+        parts = assemble(make_run(tmp_path / str(limit), tiny_model_path, *keys, system=system))
+        nudge(parts.student)
+        assert any("read their own answers again" in note for note in parts.notes) is (limit == 1)
+        if limit > 1:
+            for judge in (parts.teacher, parts.base):
+                monkeypatch.setattr(judge, "hidden", None)
+        grads.append(gradients(parts, tally))
+    assert tallies[0].sums == pytest.approx(tallies[1].sums, rel=1e-4)
+    assert tallies[0].sums["context_return_kl_nats"] > 1e-3
+    for name, read in grads[1].items():
+        torch.testing.assert_close(grads[0][name], read, rtol=1e-3, atol=1e-5)
 
 
 def break_teacher(parts: Parts) -> Iterator[None]:

@@ -23,6 +23,11 @@ from opcd.tasks import load_splits
 from opcd.teachers import LocalTeacher, build_teacher
 from opcd.types import Answered, Context, PromptPair, Task
 
+AHEAD_STEPS = 10
+"""Steps whose teachers' answers are generated together."""
+MAX_KEPT_BYTES = 2**28
+"""Memory that the hidden states of those answers may take."""
+
 
 @dataclass(frozen=True, slots=True)
 class Item:
@@ -59,6 +64,8 @@ class Parts:
 
     ahead: dict[int, list[Answered]] = field(default_factory=dict)
     """The teacher's answers to tasks of steps to come."""
+    keeps_hidden: bool = True
+    """Whether those answers hold the teacher's hidden states, which then score them."""
 
     @property
     def own_share(self) -> slice:
@@ -98,6 +105,8 @@ def assemble(config: Run) -> Parts:
     student = adapters.tune(student, config.model.tuning, config.seed)
     teacher, base = _build_teachers(config, accelerator, dtype, student, tokenizer)
     notes += _share_prefix(teacher, items)
+    reads_again = _why_read_again(config, student, dtype)
+    notes += [reads_again] if reads_again else []
     settings = dtype, end_ids(student, tokenizer), config.rollout.batch_rows
     engine = HFEngine(student, base.model, *settings)
     same = teacher.model is base.model
@@ -118,6 +127,7 @@ def assemble(config: Run) -> Parts:
         engine=engine,
         teacher_engine=engine if same else HFEngine(teacher.model, teacher.model, *settings),
         notes=notes,
+        keeps_hidden=not reads_again,
     )
 
 
@@ -219,3 +229,17 @@ def _share_prefix(teacher: LocalTeacher, items: dict[str, list[Item]]) -> list[s
     if reason := teacher.share_prefix(prompts[0][:shared], prompts[0][shared:]):
         return [f"the shared context of {shared} tokens is read with every prompt: {reason}"]
     return [f"the shared context of {shared} tokens is read once"]
+
+
+def _why_read_again(config: Run, student: Any, dtype: torch.dtype) -> str | None:
+    """A note if the teachers' answers have too many hidden states to be kept until scored."""
+    most = max(config.rollout.max_new_tokens, config.anchor.max_new_tokens)
+    width = adapters.causal_model(student).config.get_text_config().hidden_size
+    kept_bytes = AHEAD_STEPS * config.batch.prompts_per_step * most * width * dtype.itemsize
+    answers = config.most_teacher_answers or config.returns_per_step
+    if kept_bytes <= MAX_KEPT_BYTES or not answers:
+        return None
+    return (
+        f"teachers read their own answers again to score them: the hidden states of {AHEAD_STEPS} "
+        f"steps would take up to {kept_bytes / 2**30:.1f} GiB"
+    )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from opcd.adapters import trainable
-from opcd.assembly import Item, Parts
+from opcd.assembly import AHEAD_STEPS, Item, Parts
 from opcd.batching import Batch, collate
 from opcd.config import Run
 from opcd.config.training import Direction, Loss
@@ -28,9 +28,6 @@ from opcd.tally import Tally, peak_bytes, release_memory
 from opcd.tasks import draw
 from opcd.teachers import LocalTeacher
 from opcd.types import Answered, Origin, PromptPair
-
-AHEAD_STEPS = 10
-"""Steps whose teachers' answers are generated together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +148,7 @@ def answer_as_teacher(parts: Parts, step: int) -> list[Answered]:
             engine = engines[mine[0][1].origin]
             engine.use("base", 0)
             prompts = [prompt_of(config, pair, True, f"/{s}") for s, pair in mine]
+            prompts = [replace(prompt, keep_hidden=parts.keeps_hidden) for prompt in prompts]
             for (s, pair), rollout in zip(mine, engine.generate(prompts, sampling), strict=True):
                 parts.ahead[s].append(Answered(pair, rollout))
     return parts.ahead[step]
@@ -232,7 +230,7 @@ def accumulate(parts: Parts, answered: Sequence[Answered], loss: Loss, tally: Ta
     for portion in portions:
         teacher, batch = batch_of(parts, portion)
         with tally.timed("teacher_s"):
-            teacher_TD = teacher.hidden(batch.teacher)
+            teacher_TD = score(teacher, portion, batch)
         waits = portion is not portions[-1]
         with (
             tally.timed("train_s"),
@@ -254,6 +252,17 @@ def batch_of(parts: Parts, portion: Sequence[Answered]) -> tuple[LocalTeacher, B
     prefix_tokens = teacher.prefix_tokens if origin != "anchor" else 0
     batch = collate([a.pair for a in portion], [a.rollout for a in portion], prefix_tokens)
     return teacher, batch.to(parts.accelerator.device)
+
+
+def score(teacher: LocalTeacher, portion: Sequence[Answered], batch: Batch) -> Tensor:
+    """The teacher's hidden states at the response tokens, `hidden_TD`.
+
+    A response that the teacher gave itself, standing still, has them already.
+    """
+    kept = [a.rollout.hidden_TD for a in portion]
+    if any(hidden_TD is None for hidden_TD in kept):
+        return teacher.hidden(batch.teacher)
+    return torch.cat(kept)
 
 
 def cut_portions(answered: Sequence[Answered], rows: int) -> list[list[Answered]]:

@@ -1,4 +1,4 @@
-"""The nouns of the method, as frozen values. Knows nothing of tokenizers, tensors or files.
+"""The nouns of the method, as frozen values. Knows nothing of tokenizers, files or devices.
 
 Shape suffixes, used on every tensor in this package:
 
@@ -82,6 +82,8 @@ class Rollout:
     """Includes the end-of-sequence token where one was sampled."""
     finished: bool
     """Whether the response ended by itself, rather than at `max_new_tokens`."""
+    hidden_TD: Any = field(default=None, compare=False, repr=False)
+    """The states its tokens were chosen from, if they were to be kept (`Prompt.keep_hidden`)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """`opcd.rollouts.hf`: what transformers would generate, in batches that change nothing."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -82,6 +83,24 @@ def test_samples_do_not_depend_on_the_batch(model: Any, prompts: list[Prompt], r
     assert answers(engine_of(model, rows, ends), prompts, WARM) == wanted
     backwards = answers(engine_of(model, rows, ends), prompts[::-1], WARM)
     assert backwards[::-1] == wanted
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prompts", [PROMPTS, BEHIND], ids=["plain", "shared prefix"])
+def test_kept_states_are_those_of_reading_the_answer(model: Any, prompts: list[Prompt]) -> None:
+    """Of all tokens, also of rows that leave early; and only where they were asked for."""
+    engine = engine_of(model, ends=frozenset(range(0, 300, 6)))
+    asked = [replace(prompt, keep_hidden=i != 2) for i, prompt in enumerate(prompts)]
+    rollouts = engine.generate(asked, WARM)
+    assert len({len(r.response_ids) for r in rollouts}) > 2, "rows leave at different steps"
+    for prompt, rollout in zip(asked, rollouts, strict=True):
+        ids_1S = torch.tensor([prompt.ids + rollout.response_ids[:-1]])
+        read_SD = model.get_decoder()(input_ids=ids_1S).last_hidden_state[0]
+        wanted_TD = read_SD[len(prompt.ids) - 1 :]
+        if prompt.keep_hidden:
+            torch.testing.assert_close(rollout.hidden_TD, wanted_TD, rtol=1e-4, atol=1e-4)
+        else:
+            assert rollout.hidden_TD is None
 
 
 def test_another_seed_samples_otherwise(model: Any) -> None:

@@ -60,6 +60,12 @@ class Run(Section):
         """Task prompts in each step."""
         return self.batch.prompts_per_step - self.anchors_per_step - self.returns_per_step
 
+    @property
+    def most_teacher_answers(self) -> float:
+        """The largest share of a step's tasks and anchors that their teachers answer."""
+        of_warmup = self.loss.warmup.teacher_fraction if self.loss.warmup else None
+        return max(self.rollout.teacher_fraction, of_warmup or 0.0)
+
     @model_validator(mode="after")
     def _sections_fit_each_other(self) -> Self:
         if self.teacher.type == "remote" and self.loss.support.type == "exact":
@@ -68,10 +74,7 @@ class Run(Section):
                 "log-probabilities a token, never the whole vocabulary; write "
                 'loss.support = {type = "top_k", of = "teacher"}'
             )
-        answers = max(
-            self.rollout.teacher_fraction,
-            (self.loss.warmup and self.loss.warmup.teacher_fraction) or 0.0,
-        )
+        answers = self.most_teacher_answers
         if answers and self.loss.support.type == "sampled":
             raise ValueError(
                 f"teacher_fraction = {answers} but loss.support is sampled, which estimates the KL "

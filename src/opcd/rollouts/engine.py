@@ -22,6 +22,9 @@ class Prompt:
     max_new_tokens: int
     draw: str = ""
     """Tells apart the draws of one task within one call."""
+    keep_hidden: bool = False
+    """Whether the rollout should hold the states its tokens were chosen from: a teacher that scores
+    its own answer need not read it again. An engine without them leaves them out."""
 
 
 @dataclass(frozen=True, slots=True)

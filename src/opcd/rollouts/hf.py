@@ -149,14 +149,17 @@ def decode(
     most = max(prompt.max_new_tokens for prompt in prompts)
     uniforms_BT = torch.stack([sampling.uniforms(prompt, most) for prompt in prompts])
     responses: list[list[int]] = [[] for _ in prompts]
+    states: list[list[Tensor]] = [[] for _ in prompts]
     active = list(range(len(prompts)))
     cache = DynamicCache(config=plain.config)
     for step in range(most):
         hidden_BD = advance(model, ids_BS, mask_BS, cache, prefix)
         tokens_B = choose(head(hidden_BD), uniforms_BT[active, step], sampling)
         tokens = tokens_B.tolist()
-        for row, token in zip(active, tokens, strict=True):
+        for row, token, hidden_D in zip(active, tokens, hidden_BD, strict=True):
             responses[row].append(token)
+            if prompts[row].keep_hidden:
+                states[row].append(hidden_D.clone())
         keep = [
             i
             for i, (row, token) in enumerate(zip(active, tokens, strict=True))
@@ -172,8 +175,13 @@ def decode(
         ids_BS = tokens_B.unsqueeze(-1)
         mask_BS = torch.cat([mask_BS, torch.ones_like(ids_BS)], dim=-1)
     return [
-        Rollout(prompt.task_id, tuple(response), finished=response[-1] in end_ids)
-        for prompt, response in zip(prompts, responses, strict=True)
+        Rollout(
+            prompt.task_id,
+            tuple(response),
+            finished=response[-1] in end_ids,
+            hidden_TD=torch.stack(kept) if kept else None,
+        )
+        for prompt, response, kept in zip(prompts, responses, states, strict=True)
     ]
 
 
