@@ -12,13 +12,13 @@ unexport PYTHONDONTWRITEBYTECODE
 # An earlier run is never overwritten: make demo OVERWRITE=--overwrite replaces it.
 demo: .venv/ready
 	@if [ -n "$(OVERWRITE)" ] || [ ! -e $(RUN) ]; then \
-	  $(BIN)/opcd train recipes/support_desk/run.toml $(OVERWRITE); \
+	  $(BIN)/opcd train recipes/support_desk/run.toml --evaluate $(OVERWRITE); \
 	elif [ -e $(RUN)/evaluation.json ]; then \
 	  echo "$(RUN) is there already. 'make demo OVERWRITE=--overwrite' trains it anew."; \
+	  $(BIN)/opcd evaluate $(RUN); \
 	else \
-	  $(BIN)/opcd train recipes/support_desk/run.toml --resume; \
+	  $(BIN)/opcd train recipes/support_desk/run.toml --evaluate --resume; \
 	fi
-	$(BIN)/opcd evaluate $(RUN)
 
 test: lint types unit
 

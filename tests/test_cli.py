@@ -15,6 +15,7 @@ from opcd.instructions import parse_instructions
 from opcd.rendering import Renderer
 from opcd.rollouts.engine import Prompt
 from opcd.rollouts.scripted import ScriptedEngine
+from tiny import write_recipe
 from worlds import END_ID, tokenizer, write_jsonl, write_run
 
 Opcd = Callable[..., tuple[int, str, str]]
@@ -239,6 +240,18 @@ def test_harness_passes_its_options_on_and_prints_a_table(
     code, out, err = opcd("harness", "there", "--tasks", " ,")
     assert (code, out) == (2, "")
     assert "HarnessError: --tasks ' ,' names no task" in err
+
+
+def test_train_can_measure_at_once(opcd: Opcd, tmp_path: Path, tiny_model_path: Path) -> None:
+    """With the results that `opcd evaluate` has."""
+    path = write_recipe(tmp_path / "recipe", tiny_model_path)
+    keys = ("steps=3", f"out={tmp_path}", "evaluation.every_steps=1", "optimizer.lr=0.02")
+    code, out, _ = opcd("train", path, *keys, "--evaluate")
+    assert code == 0 and "test split, step-" in out
+    file = tmp_path / "tiny" / "evaluation.json"
+    found = json.loads(file.read_text())
+    assert opcd("evaluate", tmp_path / "tiny", "--again")[0] == 0
+    assert json.loads(file.read_text()) == found
 
 
 def test_messages_are_not_read_as_markup(opcd: Opcd, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from opcd.evaluation import (
     validate,
 )
 from opcd.intervals import mcnemar
-from opcd.programs import evaluate_run, sample_run
+from opcd.programs import evaluate_outcome, evaluate_run, sample_run
 from opcd.responses import Response, respond
 from opcd.training import train
 from opcd.types import Answered, PromptPair, Rollout, Score, Task
@@ -201,7 +201,8 @@ def test_a_run_is_evaluated_with_its_best_weights(tiny_model_path: Path, tmp_pat
     assert json.loads(folder.evaluation.read_text("utf-8")) == found.summary
     assert found.summary["checkpoint"] == f"step-{outcome.best['step']}"
     assert found.summary["suites"]["kept"]["baked"]["kl_nats_per_token"]["mean"] > 1e-4
-    evaluate_run(folder.path)
+    nudge(outcome.parts.student)
+    assert evaluate_outcome(outcome).summary == found.summary, "not the last weights: the best"
     lines = folder.answers.read_text("utf-8").splitlines()
     assert [json.loads(line) for line in lines] == found.answers
     texts = sample_run(folder.path, "test 0?")

@@ -4,12 +4,15 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from opcd.errors import OpcdError
+
+if TYPE_CHECKING:
+    from opcd.evaluation import Evaluation
 
 app = typer.Typer(
     help="On-policy context distillation: train a prompt into a model's weights.",
@@ -82,6 +85,7 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Delete an earlier run of this name.")] = False,
+    measure: Annotated[bool, typer.Option("--evaluate", help="Then as opcd evaluate.")] = False,
 ) -> None:
     """Bake the context in: train, validate, keep the best weights."""
     from opcd.config import load_config
@@ -96,6 +100,10 @@ def train(
     best = ", ".join(f"{k} {v:.3g}" for k, v in outcome.best.items() if isinstance(v, float))
     console.print(f"{outcome.folder.path}: {outcome.steps} steps done")
     console.print(f"best is step {outcome.best['step']}: {best}", highlight=False)
+    if measure:
+        from opcd.programs import evaluate_outcome
+
+        _print_evaluation(evaluate_outcome(outcome), 6)
 
 
 @app.command()
@@ -107,12 +115,16 @@ def evaluate(
 ) -> None:
     """Measure base, in_context and baked on a split; writes evaluation.json."""
     from opcd.programs import evaluate_run, read_evaluation
-    from opcd.tables import answers_table, paired_lines, results_table
 
     known = None if again else read_evaluation(run, split)
     if known:
         console.print("these weights were measured before; --again measures them anew")
-    found = known or evaluate_run(run, split)
+    _print_evaluation(known or evaluate_run(run, split), answers)
+
+
+def _print_evaluation(found: "Evaluation", answers: int) -> None:
+    from opcd.tables import answers_table, paired_lines, results_table
+
     console.print(answers_table(found.answers, answers))
     console.print(results_table(found.summary))
     for line in paired_lines(found.summary):

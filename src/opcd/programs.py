@@ -21,6 +21,7 @@ from opcd.runs import (
     read_jsonl,
     write_json,
 )
+from opcd.training import Outcome
 from opcd.types import Context, Message, Task
 
 
@@ -47,7 +48,16 @@ def gap_of(config: Run) -> dict[str, Any]:
 
 def evaluate_run(path: Path, split: str = "test") -> Evaluation:
     """Measure a run's best weights on a split, and write `evaluation.json` and `answers.jsonl`."""
-    folder, parts, step = open_baked(path)
+    return _evaluate_best(*open_baked(path), split)
+
+
+def evaluate_outcome(outcome: Outcome, split: str = "test") -> Evaluation:
+    """The same for a run that was just trained, with what it has loaded already."""
+    load_weights(outcome.parts.student, outcome.folder.best)
+    return _evaluate_best(outcome.folder, outcome.parts, outcome.best["step"], split)
+
+
+def _evaluate_best(folder: RunFolder, parts: Parts, step: int, split: str) -> Evaluation:
     found = evaluate(parts, split, f"step-{step}")
     write_json(folder.evaluation, found.summary)
     for file, rows in ((folder.answers, found.answers), (folder.token_kl, found.tokens)):

@@ -63,6 +63,8 @@ class Outcome:
     """Which step was chosen, by what."""
     interrupted_by: int | None
     """The signal that stopped it early."""
+    parts: Parts
+    """What it was trained with; the student as it was after the last step."""
 
 
 def train(config: Run, resume: bool = False, overwrite: bool = False) -> Outcome:
@@ -103,7 +105,7 @@ def train(config: Run, resume: bool = False, overwrite: bool = False) -> Outcome
                 break
     early = trainer.step < config.steps
     stopped_by = interruption.signals[0] if interruption.signals and early else None
-    return Outcome(folder, trainer.step, best, stopped_by)
+    return Outcome(folder, trainer.step, best, stopped_by, parts)
 
 
 @contextmanager
