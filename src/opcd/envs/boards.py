@@ -1,10 +1,10 @@
 """Boards as pictures of letters: their text, their symmetries, and splits that share none.
 
 A picture shows everything that makes a board: start and goal, player and boxes too. Two boards are
-the same if one is the other turned or mirrored, whole: a Frozen Lake starts in one corner and ends
-in the opposite one, so among its own boards only the mirror on that diagonal maps one to another,
-while half a turn swaps start and goal and is another board. Comparing whole pictures gets this
-right for every game without knowing its letters.
+the same if one is the other turned or mirrored, whole. A Frozen Lake starts in one corner and ends
+in the opposite one, so that among its boards only the mirror on that diagonal maps one to another;
+turning the holes alone by half makes another board, which is walked from the other end. Comparing
+whole pictures gets this right for every game without knowing its letters.
 """
 
 import hashlib

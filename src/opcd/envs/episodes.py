@@ -71,13 +71,13 @@ class _Open:
     turns: list[Turn] = field(default_factory=list)
 
     def task(self) -> Task:
-        actions = [turn.action for turn in self.turns]
+        actions: list[Action | None] = [turn.action for turn in self.turns]
         text = history_text(self.env.introduction, self.observations, actions)
         return Task(f"{self.id}/turn-{len(self.turns) + 1}", (Message("user", text),))
 
 
 def play_episodes(
-    envs: Mapping[str, Env], player: Player, watch: Callable[[Turn], None] | None = None
+    envs: Mapping[str, Env], player: Player, watch: Callable[[Turn], object] | None = None
 ) -> Played:
     """Play every environment to its end.
 
