@@ -57,6 +57,7 @@ VERBS = (
     "export",
     "harness",
     "report",
+    "play",
 )
 
 

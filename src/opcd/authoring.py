@@ -186,6 +186,16 @@ def load_writer(path: str, device: str, instructions: Path | None) -> Writer:
     """
     topics = load_instructions("topics.md", ["context"], instructions)
     messages = load_instructions("messages.md", ["context", "topic"], instructions)
+    engine, renderer = load_answering(path, device)
+    return Writer(path, engine, renderer, topics, messages)
+
+
+def load_answering(path: str, device: str) -> tuple[RolloutEngine, Renderer]:
+    """A model as it is, to be asked; its renderer lets a prompt take all that the model holds.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+    """
     import torch
 
     from opcd import weights
@@ -199,8 +209,7 @@ def load_writer(path: str, device: str, instructions: Path | None) -> Writer:
     tokenizer = weights.load_tokenizer(path)
     model = weights.load_model(path, dtype).to(place)
     engine = HFEngine(model, model, dtype, end_ids(model, tokenizer), BATCH_ROWS)
-    renderer = Renderer(tokenizer, Rendering(), weights.positions(path))
-    return Writer(path, engine, renderer, topics, messages)
+    return engine, Renderer(tokenizer, Rendering(), weights.positions(path))
 
 
 def _draw_topics(brief: Brief, writer: Writer, found: Authored, lists: int) -> list[str]:

@@ -333,3 +333,33 @@ def prompts(  # noqa: PLR0913, PLR0917 - each is an option of the command
             highlight=False,
         )
     console.print(f"{out}: {len(found.rows)} messages; read some before you train on them")
+
+
+@app.command()
+def play(  # noqa: PLR0913, PLR0917 - an option each
+    game: Annotated[str, typer.Argument(help="frozen-lake or sokoban.", show_default=False)],
+    size: Annotated[int | None, typer.Option(help="Cells of a side.")] = None,
+    holes: Annotated[int | None, typer.Option(help="Of a frozen lake.")] = None,
+    boxes: Annotated[int | None, typer.Option(help="Of sokoban.")] = None,
+    slippery: Annotated[bool, typer.Option("--slippery", help="Steps may go off.")] = False,
+    rules: Annotated[bool, typer.Option(help="Explain the game.")] = True,
+    turns: Annotated[
+        int | None, typer.Option(help="Default: 5, or one more than the size takes.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Decides the board and every slip.")] = 0,
+    model: Annotated[str | None, typer.Option(help="Let this model play, and watch.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, mps or cuda.")] = "auto",
+) -> None:
+    """Play a text game in the terminal, or watch a model play it."""
+    from opcd.playing import play_model, play_person, read_game
+
+    options = {"size": size, "holes": holes, "boxes": boxes, "turns": turns, "seed": seed}
+    config = read_game(game, options | {"slippery": slippery or None, "rules": rules})
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    if model:
+        play_model(config, model, device, say)
+    else:
+        play_person(config, lambda: input("action (q to stop): "), say)

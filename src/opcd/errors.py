@@ -14,7 +14,8 @@ The tree, with the exit code that the command line gives it:
     |   |-- RunFolderError                   a run folder that exists, or lacks what is asked of it
     |   |-- CostsError                       a price, a batch size or a package of a comparison
     |   |-- AuthoringError                   instructions, examples or output of opcd prompts
-    |   `-- HarnessError                     a task of opcd harness, or the package it takes
+    |   |-- HarnessError                     a task of opcd harness, or the package it takes
+    |   `-- GameError                        boards of a text game, or the package it takes
     `-- RunError (also a RuntimeError)       exit 1: the run failed, what was saved stays
         |-- CheckpointError                  a checkpoint that cannot be written or trusted
         |-- DivergedError                    loss or gradient not finite too often
@@ -73,6 +74,10 @@ class AuthoringError(InputError):
 
 class HarnessError(InputError):
     """What `opcd harness` is to run is unknown, cannot be loaded, or lacks its package."""
+
+
+class GameError(InputError):
+    """A text game, or boards of it, cannot be made as asked, or lack their package."""
 
 
 class RunError(OpcdError, RuntimeError):

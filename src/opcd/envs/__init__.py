@@ -1,0 +1,1 @@
+"""Text games: environments of several turns, their boards, and episodes through an engine."""
