@@ -4,29 +4,31 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from opcd.config.section import Count, Section
-
-NonNegative = Annotated[int, Field(ge=0)]
+from opcd.config.section import Count, NonNegative, Section
 
 
-def _check_symbols(symbols: Section) -> None:
-    """A board is read by its symbols, with spaces between them; actions stand in brackets."""
-    meaning: dict[str, str] = {}
-    for name, symbol in symbols:
-        if not symbol or any(char.isspace() or char in "[]" for char in symbol):
-            raise ValueError(
-                f"{name} = {symbol!r} cannot stand in a cell, since cells have spaces between them "
-                'and actions have brackets; write a visible character, such as "#"'
-            )
-        if symbol in meaning:
-            raise ValueError(
-                f"{meaning[symbol]} and {name} are both {symbol!r}, so that nobody could tell them "
-                "apart; write another symbol for one of them"
-            )
-        meaning[symbol] = name
+class Symbols(Section):
+    """How the cells of a board are written, with spaces between them."""
+
+    @model_validator(mode="after")
+    def _can_be_told_apart(self) -> Self:
+        meaning: dict[str, str] = {}
+        for name, symbol in self:
+            if not symbol or any(char.isspace() or char in "[]" for char in symbol):
+                raise ValueError(
+                    f"{name} = {symbol!r} cannot stand in a cell, since cells have spaces between "
+                    'them and actions have brackets; write a visible character, such as "#"'
+                )
+            if symbol in meaning:
+                raise ValueError(
+                    f"{meaning[symbol]} and {name} are both {symbol!r}, so that nobody could tell "
+                    "them apart; write another symbol for one of them"
+                )
+            meaning[symbol] = name
+        return self
 
 
-class LakeSymbols(Section):
+class LakeSymbols(Symbols):
     """How the cells of a Frozen Lake are written."""
 
     player: str = "P"
@@ -34,13 +36,8 @@ class LakeSymbols(Section):
     hole: str = "H"
     ice: str = "_"
 
-    @model_validator(mode="after")
-    def _can_be_told_apart(self) -> Self:
-        _check_symbols(self)
-        return self
 
-
-class SokobanSymbols(Section):
+class SokobanSymbols(Symbols):
     """How the cells of a Sokoban room are written."""
 
     player: str = "P"
@@ -50,11 +47,6 @@ class SokobanSymbols(Section):
     floor: str = "_"
     box_on_target: str = "*"
     player_on_target: str = "+"
-
-    @model_validator(mode="after")
-    def _can_be_told_apart(self) -> Self:
-        _check_symbols(self)
-        return self
 
 
 class Boards(Section):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from opcd.config.section import Count, Positive, Section, Share
+from opcd.config.section import Count, NonNegative, Positive, Section, Share
 
 Direction = Literal["reverse_kl", "forward_kl", "jsd"]
 
@@ -193,8 +193,8 @@ class Optimizer(Section):
     clip_norm: Positive = 1.0
     schedule: str = "constant_with_warmup"
     """Any name that `transformers.get_scheduler` knows."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 5
-    max_nonfinite_steps: Annotated[int, Field(ge=0)] = 3
+    warmup_steps: NonNegative = 5
+    max_nonfinite_steps: NonNegative = 3
     """Steps with a non-finite loss or gradient that are skipped before the run stops."""
 
 
@@ -263,5 +263,5 @@ class Tracking(Section):
 
     trackers: tuple[str, ...] = ()
     """Names that accelerate knows: tensorboard, wandb, ..."""
-    rollouts_per_step: Annotated[int, Field(ge=0)] = 2
+    rollouts_per_step: NonNegative = 2
     """Responses of each step written to `rollouts.jsonl`."""

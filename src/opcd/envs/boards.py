@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
+from opcd.envs.env import Cell
 from opcd.errors import GameError
 
 Picture = tuple[str, ...]
@@ -33,6 +34,11 @@ class BoardSource:
     """A random board that can be solved."""
     every: Callable[[], Iterable[Picture]] | None = None
     """All boards that can be solved, where they are few enough to be listed."""
+
+
+def cells_of(picture: Picture) -> dict[Cell, str]:
+    """The letter of each cell."""
+    return {(r, c): letter for r, row in enumerate(picture) for c, letter in enumerate(row)}
 
 
 def symmetries(picture: Picture) -> tuple[Picture, ...]:

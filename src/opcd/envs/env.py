@@ -6,6 +6,7 @@ Knows nothing of models or tokens; reads a reply only for the action in it.
 """
 
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -31,6 +32,8 @@ STEPS: dict[Action, tuple[int, int]] = {
     "right": (0, 1),
 }
 """Rows and columns that each action moves by."""
+Cell = tuple[int, int]
+"""Row and column, from the top left."""
 NO_ACTION = (
     "No action was found in your reply. End it with one of [up], [down], [left], [right], in "
     "brackets."
@@ -183,6 +186,22 @@ class BoardEnv:
         left = self._limits.invalid_moves_allowed - self._invalid_moves
         after = f"After {left} more, the" if left else "The"
         return f"{effect.text} {after} next invalid move ends the game."
+
+
+def beside(cell: Cell, action: Action) -> Cell:
+    """The next cell that way."""
+    down, right = STEPS[action]
+    return cell[0] + down, cell[1] + right
+
+
+def waves(start: Cell, cells: Iterable[Cell]) -> Iterator[set[Cell]]:
+    """The cells that are 0, 1, 2 and more steps from the start, as far as they can be reached."""
+    left = set(cells)
+    wave = {start} & left
+    while wave:
+        yield wave
+        left -= wave
+        wave = {beside(cell, action) for cell in wave for action in STEPS} & left
 
 
 def parse_action(reply: str) -> Action | None:

@@ -14,8 +14,8 @@ from random import Random
 from typing import Any
 
 from opcd.config.games import FrozenLake, LakeSymbols
-from opcd.envs.boards import BoardSource, Picture, write_board
-from opcd.envs.env import STEPS, Action, Effect
+from opcd.envs.boards import BoardSource, Picture, cells_of, write_board
+from opcd.envs.env import Action, Cell, Effect, beside, waves
 from opcd.errors import GameError
 
 START, GOAL, HOLE, ICE = "SGHF"
@@ -58,8 +58,7 @@ class LakeWorld:
 
     def move(self, action: Action) -> Effect:
         """Step that way, or where the ice takes one."""
-        (row, column), (down, right) = self._position, STEPS[action]
-        if not _on_board(self._picture, (row + down, column + right)):
+        if beside(self._position, action) not in cells_of(self._picture):
             return Effect(f"You cannot go {action}: there the board ends.", valid=False)
         self._state = self._lake.step(GYMNASIUM_ACTIONS[action])[0]
         row, column = self._position
@@ -72,7 +71,7 @@ class LakeWorld:
                 return Effect()
 
     @property
-    def _position(self) -> tuple[int, int]:
+    def _position(self) -> Cell:
         row, column = divmod(self._state, len(self._picture[0]))
         return row, column
 
@@ -115,17 +114,10 @@ def draw_lake(size: int, holes: int, moves: int, random: Random) -> Picture:
 
 def shortest_path(picture: Picture) -> int | None:
     """The fewest moves from start to goal on ice that does not slip; `None` without a path."""
-    cells = {(r, c): letter for r, row in enumerate(picture) for c, letter in enumerate(row)}
-    unseen = {cell for cell, letter in cells.items() if letter != HOLE}
-    edge = {cell for cell in unseen if cells[cell] == START}
-    moves = 0
-    while edge:
-        if any(cells[cell] == GOAL for cell in edge):
-            return moves
-        unseen -= edge
-        edge = {(r + down, c + right) for r, c in edge for down, right in STEPS.values()} & unseen
-        moves += 1
-    return None
+    cells = cells_of(picture)
+    where = {letter: cell for cell, letter in cells.items()}
+    reached = enumerate(waves(where[START], (c for c, letter in cells.items() if letter != HOLE)))
+    return next((moves for moves, wave in reached if where[GOAL] in wave), None)
 
 
 def lake_symbols(symbols: LakeSymbols) -> dict[str, str]:
@@ -170,10 +162,6 @@ def _picture(size: int, holes: tuple[int, ...] | list[int]) -> Picture:
         cells[cell] = HOLE
     cells[0], cells[-1] = START, GOAL
     return tuple("".join(cells[row * size : (row + 1) * size]) for row in range(size))
-
-
-def _on_board(picture: Picture, cell: tuple[int, int]) -> bool:
-    return 0 <= cell[0] < len(picture) and 0 <= cell[1] < len(picture[0])
 
 
 def _load_gymnasium() -> Any:

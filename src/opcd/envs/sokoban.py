@@ -6,13 +6,13 @@ are the usual ones: # wall, - floor, . target, $ box, * box on a target, @ playe
 target.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
 from opcd.config.games import Sokoban, SokobanSymbols
-from opcd.envs.boards import BoardSource, Picture, write_board
-from opcd.envs.env import STEPS, Action, Effect
+from opcd.envs.boards import BoardSource, Picture, cells_of, write_board
+from opcd.envs.env import STEPS, Action, Cell, Effect, beside, waves
 from opcd.errors import GameError
 
 WALL, FLOOR, TARGET, BOX, BOX_ON_TARGET, PLAYER, PLAYER_ON_TARGET = "#-.$*@+"
@@ -20,8 +20,6 @@ TRIES = 1_000
 """Rooms after which there is taken to be none of the kind."""
 PULL_SHARE = 0.7
 """How often a box is pulled along where one can be: walks that move no box are no puzzle."""
-
-Cell = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +73,12 @@ class SokobanWorld:
 
     def move(self, action: Action) -> Effect:
         """Step that way, and push the box that stands there, if there is one."""
-        ahead = _beside(self._room.player, action)
+        ahead = beside(self._room.player, action)
         if ahead in self._room.walls:
             return Effect(f"You cannot go {action}: {self._symbols.wall} is there.", valid=False)
         boxes = self._room.boxes
         if ahead in boxes:
-            beyond = _beside(ahead, action)
+            beyond = beside(ahead, action)
             if not self._room.is_free(beyond):
                 box = self._symbols.box
                 return Effect(f"You cannot go {action}: {box} cannot be moved.", valid=False)
@@ -125,7 +123,7 @@ def room_of(picture: Picture) -> Room:
     Raises:
         GameError: it has not exactly one player, walls all around, and as many boxes as targets.
     """
-    cells = {(r, c): letter for r, row in enumerate(picture) for c, letter in enumerate(row)}
+    cells = cells_of(picture)
 
     def where(letters: str) -> frozenset[Cell]:
         return frozenset(cell for cell, letter in cells.items() if letter in letters)
@@ -211,15 +209,5 @@ def _undone(room: Room) -> list[Room]:
     return found
 
 
-def _connected(cells: Iterable[Cell]) -> bool:
-    left = set(cells)
-    edge = {left.pop()} if left else set()
-    while edge:
-        edge = {_beside(cell, action) for cell in edge for action in STEPS} & left
-        left -= edge
-    return not left
-
-
-def _beside(cell: Cell, action: Action) -> Cell:
-    down, right = STEPS[action]
-    return cell[0] + down, cell[1] + right
+def _connected(cells: Sequence[Cell]) -> bool:
+    return sum(map(len, waves(cells[0], cells))) == len(cells)
