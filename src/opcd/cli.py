@@ -21,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console()
+ANSWERS_SHOWN = 6
 
 ConfigPath = Annotated[Path, typer.Argument(help="The run's TOML file.", show_default=False)]
 RunPath = Annotated[Path, typer.Argument(help="A folder under runs/.", show_default=False)]
@@ -103,14 +104,16 @@ def train(
     if measure:
         from opcd.programs import evaluate_outcome
 
-        _print_evaluation(evaluate_outcome(outcome), 6)
+        _print_evaluation(evaluate_outcome(outcome))
 
 
 @app.command()
 def evaluate(
     run: RunPath,
     split: Annotated[str, typer.Option(help="Which split to measure.")] = "test",
-    answers: Annotated[int, typer.Option(help="Show this many answers side by side.")] = 6,
+    answers: Annotated[
+        int, typer.Option(help="Show this many answers side by side.")
+    ] = ANSWERS_SHOWN,
     again: Annotated[bool, typer.Option(help="Measure anew what was measured before.")] = False,
 ) -> None:
     """Measure base, in_context and baked on a split; writes evaluation.json."""
@@ -122,7 +125,7 @@ def evaluate(
     _print_evaluation(known or evaluate_run(run, split), answers)
 
 
-def _print_evaluation(found: "Evaluation", answers: int) -> None:
+def _print_evaluation(found: "Evaluation", answers: int = ANSWERS_SHOWN) -> None:
     from opcd.tables import answers_table, paired_lines, results_table
 
     console.print(answers_table(found.answers, answers))

@@ -147,8 +147,10 @@ def answer_as_teacher(parts: Parts, step: int) -> list[Answered]:
         for mine in groups.values():
             engine = engines[mine[0][1].origin]
             engine.use("base", 0)
-            prompts = [prompt_of(config, pair, True, f"/{s}") for s, pair in mine]
-            prompts = [replace(prompt, keep_hidden=parts.keeps_hidden) for prompt in prompts]
+            prompts = [
+                replace(prompt_of(config, pair, True, f"/{s}"), keep_hidden=parts.keeps_hidden)
+                for s, pair in mine
+            ]
             for (s, pair), rollout in zip(mine, engine.generate(prompts, sampling), strict=True):
                 parts.ahead[s].append(Answered(pair, rollout))
     return parts.ahead[step]
@@ -230,7 +232,7 @@ def accumulate(parts: Parts, answered: Sequence[Answered], loss: Loss, tally: Ta
     for portion in portions:
         teacher, batch = batch_of(parts, portion)
         with tally.timed("teacher_s"):
-            teacher_TD = score(teacher, portion, batch)
+            teacher_TD = teacher_states(teacher, portion, batch)
         waits = portion is not portions[-1]
         with (
             tally.timed("train_s"),
@@ -254,7 +256,7 @@ def batch_of(parts: Parts, portion: Sequence[Answered]) -> tuple[LocalTeacher, B
     return teacher, batch.to(parts.accelerator.device)
 
 
-def score(teacher: LocalTeacher, portion: Sequence[Answered], batch: Batch) -> Tensor:
+def teacher_states(teacher: LocalTeacher, portion: Sequence[Answered], batch: Batch) -> Tensor:
     """The teacher's hidden states at the response tokens, `hidden_TD`.
 
     A response that the teacher gave itself, standing still, has them already.

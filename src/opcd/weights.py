@@ -15,7 +15,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import gguf
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -146,6 +145,8 @@ def _convert(file: Path, folder: Path) -> None:
 def _remembering(*names: str) -> Iterator[None]:
     # transformers has the file parsed for the configuration, the weights and the tokenizer, and the
     # table of tensor names made for each of 400 modules: 37 s, or 16 s when gguf remembers them.
+    import gguf
+
     usual = {name: getattr(gguf, name) for name in names}
     try:
         for name, function in usual.items():
