@@ -49,6 +49,7 @@ FLOORS = (
     (
         "assembly",
         "authoring",
+        "drawing",
         "distill",
         "responses",
         "suites",

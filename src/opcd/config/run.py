@@ -13,6 +13,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ValidationError, model_validator
 
 from opcd.config import inputs, training
+from opcd.config.games import GameConfig
 from opcd.config.section import Count, Section
 from opcd.errors import ConfigError, ContextError, TaskError
 
@@ -27,7 +28,10 @@ class Run(Section):
     """Run folders are made in here, by name."""
     model: training.Model = training.Model()
     context: inputs.ContextConfig
-    tasks: inputs.Tasks
+    tasks: inputs.Tasks | None = None
+    """Single answers; a run has either these or a game."""
+    game: GameConfig | None = None
+    """Episodes of several turns, on boards."""
     grader: inputs.GraderConfig | None = None
     rendering: training.Rendering = training.Rendering()
     rollout: training.Rollout = training.Rollout()
@@ -61,10 +65,51 @@ class Run(Section):
         return self.batch.prompts_per_step - self.anchors_per_step - self.returns_per_step
 
     @property
+    def is_graded(self) -> bool:
+        """Whether an answer is right or wrong: says the grader, or the game."""
+        return self.grader is not None or self.game is not None
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there are rows or boards to choose weights on."""
+        if self.game:
+            return self.game.boards.validation > 0
+        return bool(self.tasks and (self.tasks.validation or self.tasks.validation_share))
+
+    @property
     def most_teacher_answers(self) -> float:
         """The largest share of a step's tasks and anchors that their teachers answer."""
         of_warmup = self.loss.warmup.teacher_fraction if self.loss.warmup else None
         return max(self.rollout.teacher_fraction, of_warmup or 0.0)
+
+    @model_validator(mode="after")
+    def _asks_tasks_or_plays_a_game(self) -> Self:
+        if self.tasks is None and self.game is None:
+            raise ValueError(
+                "there is neither a [tasks] table nor a [game] table, so there is nothing to "
+                'answer; write [tasks] with train = "train.jsonl", or [game] with '
+                'type = "frozen_lake"'
+            )
+        if self.game is None:
+            return self
+        if self.tasks is not None:
+            raise ValueError(
+                "there are a [tasks] and a [game] table, but a game's boards are its tasks; "
+                "remove one of the two (game.boards says how many boards each split has)"
+            )
+        if self.grader is not None:
+            raise ValueError(
+                "there are a [grader] and a [game] table, but the game itself says what is "
+                "solved; remove [grader]"
+            )
+        if self.context.type == "column":
+            raise ValueError(
+                "context.type is column but a board brings no text of its own; write another "
+                'kind of context, such as context.type = "system_prompt"'
+            )
+        if not self.game.boards.train:
+            raise ValueError("game.boards.train = 0 leaves nothing to train on; write at least 1")
+        return self
 
     @model_validator(mode="after")
     def _sections_fit_each_other(self) -> Self:
