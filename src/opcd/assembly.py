@@ -15,7 +15,7 @@ from opcd.checking import check_select_by, warnings
 from opcd.config import Run, check_files, training
 from opcd.contexts import load_context
 from opcd.envs.games import Opening, openings_of
-from opcd.errors import ConfigError
+from opcd.errors import ConfigError, OverLongError
 from opcd.graders import Grader, build_grader
 from opcd.rendering import Renderer, common_prefix, render_pairs
 from opcd.rollouts.engine import RolloutEngine
@@ -104,6 +104,7 @@ def assemble(config: Run) -> Parts:
     holds = weights.positions(config.model.path, config.model.revision)
     renderer = Renderer(tokenizer, config.rendering, max_prompt_tokens(config, holds))
     items, notes = render_splits(config, renderer)
+    notes += check_last_turn(config, renderer, items["train"][0])
     grader = build_grader(config.grader) if config.grader else None
     check_select_by(config, grader, [item.task for item in items.get("validation", [])])
     notes = [*warnings(config), *notes]
@@ -185,6 +186,24 @@ def load_rows(config: Run, notes: list[str]) -> dict[str, list[tuple[Task, Openi
     assert config.tasks, "a run has tasks or a game"
     splits = load_splits(config.tasks, config.seed, notes)
     return {split: [(task, None) for task in tasks] for split, tasks in splits.items()}
+
+
+def check_last_turn(config: Run, renderer: Renderer, item: Item) -> list[str]:
+    """A note where a game's prompts outgrow the model before its turns are over.
+
+    Raises:
+        OverLongError: the same, where `rendering.over_long` is `error`.
+    """
+    if not config.game or not item.game:
+        return []
+    last = item.game.task(f"{item.task.id}/turn-{config.game.turns}", config.game.turns - 1)
+    try:
+        renderer.pair(last, item.context)
+    except OverLongError as error:
+        if renderer.config.over_long == "error":
+            raise
+        return [f"episodes that go on so long are dropped from training: {error}"]
+    return []
 
 
 def with_context(parts: Parts, items: Sequence[Item], context: Context) -> list[Item]:
