@@ -5,7 +5,7 @@ from random import Random
 
 from opcd.config.games import FrozenLake, GameConfig
 from opcd.envs.boards import BoardSource, Picture, Split, split_boards
-from opcd.envs.env import BoardEnv, Env, Limits, history_text, introduce, parse_action
+from opcd.envs.env import Action, BoardEnv, Env, Limits, history_text, introduce
 from opcd.envs.frozen_lake import LakeWorld, lake_rules, lake_source
 from opcd.envs.sokoban import SokobanWorld, sokoban_rules, sokoban_source
 from opcd.types import Message, Task
@@ -24,8 +24,9 @@ class Opening:
 
     def task(self, id_: str, moves: int = 0) -> Task:
         """Its first turn, or a later one: as if so many moves had left the board as it is."""
-        env, right = self.start(), parse_action("[right]")
-        text = history_text(env.introduction, [env.observation] * (moves + 1), [right] * moves)
+        env = self.start()
+        done: list[Action | None] = ["right"] * moves
+        text = history_text(env.introduction, [env.observation] * (moves + 1), done)
         return Task(id_, (Message("user", text),))
 
 
