@@ -63,9 +63,8 @@ def ask(
 def respond(parts: Parts, items: Sequence[Item], condition: Condition) -> list[Response]:
     """One graded response to each task under a condition, drawn as the run says."""
     config = parts.config
-    sampling = Sampling(
-        config.evaluation.temperature, config.rollout.top_p, f"{config.seed}/{condition}"
-    )
+    how = config.evaluation
+    sampling = Sampling(how.temperature, how.top_p, f"{config.seed}/{condition}", how.top_k)
     answered = ask(parts, [item.pair for item in items], condition, sampling)
     return [grade(parts, item, a) for item, a in zip(items, answered, strict=True)]
 
