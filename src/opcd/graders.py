@@ -24,8 +24,28 @@ WRAPPING = " \t\r\n.:;()[]*\"'"
 NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
+THOUGHT = ("<think>", "</think>")
+"""What a model that thinks before it answers puts around its thoughts."""
+
+
 def build_grader(config: inputs.GraderConfig) -> Grader:
-    """The grader that a `[grader]` table describes."""
+    """The grader that a `[grader]` table describes.
+
+    A thought is no answer: only what follows it is graded. A user's own function is given all.
+    """
+    grader = _grader_of(config)
+    if isinstance(config, inputs.Function):
+        return grader
+    return lambda task, response: grader(task, after_thought(response))
+
+
+def after_thought(response: str) -> str:
+    """A response without its thought; nothing is left of one that was cut while it thought."""
+    opening, closing = THOUGHT
+    return response.rpartition(closing)[2].partition(opening)[0]
+
+
+def _grader_of(config: inputs.GraderConfig) -> Grader:
     match config:
         case inputs.Exact():
             return lambda task, response: grade_exact(task, response, config.ignore_case)
