@@ -145,6 +145,23 @@ def test_no_problems_are_named_by_their_key(tmp_path: Path) -> None:
         load_splits(run.tasks, run.seed, problems=table(run).problems)
 
 
+def test_problems_may_be_a_share_of_the_train_rows(tmp_path: Path) -> None:
+    """For a data set of one split; its trajectory store need not be there yet."""
+    share = "tasks.extraction_share=0.25"
+    run = load(tmp_path, "experience.problems=[]", "experience.store=later.jsonl", share)
+    assert run.has_problems and table(run).problems == ()
+    check_files(run)
+    splits = load_splits(run.tasks, run.seed)
+    assert {name: len(tasks) for name, tasks in splits.items()} == {
+        "train": 6,
+        "validation": 3,
+        "test": 3,
+        "extraction": 2,
+    }
+    with pytest.raises(ConfigError, match="the problems have two origins"):
+        load(tmp_path, share)
+
+
 def test_a_store_is_needed_at_the_start_only_without_problems(tmp_path: Path) -> None:
     check_files(load(tmp_path, "experience.store=none.jsonl"))
     alone = '[experience]\nstore = "none.jsonl"\n'

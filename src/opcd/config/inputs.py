@@ -139,6 +139,8 @@ class Tasks(Section):
     validation_share: Share = 0.0
     """Take this share of the train groups as validation, where no source is given."""
     test_share: Share = 0.0
+    extraction_share: Share = 0.0
+    """Take this share as problems that experience is gathered from; see `experience.problems`."""
     group_by: str | None = None
     """The column (a template, a source) whose values must not span two splits."""
 
@@ -158,8 +160,11 @@ class Tasks(Section):
                     f"{split} and {split}_share are both set, so the split has two origins; "
                     f"remove one of them"
                 )
-        if self.validation_share + self.test_share >= 1.0:
-            raise ValueError("validation_share + test_share leave no rows to train on")
+        if self.validation_share + self.test_share + self.extraction_share >= 1.0:
+            raise ValueError(
+                "validation_share, test_share and extraction_share leave no rows to train on; "
+                "lower them"
+            )
         return self
 
 

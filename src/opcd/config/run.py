@@ -69,6 +69,12 @@ class Run(Section):
         of_warmup = self.loss.warmup.teacher_fraction if self.loss.warmup else None
         return max(self.rollout.teacher_fraction, of_warmup or 0.0)
 
+    @property
+    def has_problems(self) -> bool:
+        """Whether there are problems that experience can be gathered from."""
+        rows = self.experience.problems if self.experience else ()
+        return bool(rows or self.tasks.extraction_share)
+
     @model_validator(mode="after")
     def _context_is_given_or_learned(self) -> Self:
         lessons = self.context if isinstance(self.context, inputs.Lessons) else None
@@ -91,13 +97,18 @@ class Run(Section):
         found = self.experience
         if found is None:
             return self
-        if not found.problems and found.store is None:
+        if found.problems and self.tasks.extraction_share:
+            raise ValueError(
+                "experience.problems and tasks.extraction_share are both set, so the problems have "
+                "two origins; remove one of them"
+            )
+        if not self.has_problems and found.store is None:
             raise ValueError(
                 "experience.problems is missing, and experience.store too: there is nothing to "
                 'learn from; write experience.problems = "problems.jsonl", rows that are in no '
-                "other split"
+                "other split, or tasks.extraction_share = 0.1 to take them from the train rows"
             )
-        if found.problems and found.feedback != "none" and self.grader is None:
+        if self.has_problems and found.feedback != "none" and self.grader is None:
             raise ValueError(
                 f'experience.feedback = "{found.feedback}" but there is no [grader] to say what is '
                 'right; add one, or write experience.feedback = "none"'
@@ -219,7 +230,7 @@ def check_files(run: Run) -> None:
 
 def _starts_from_store(run: Run) -> bool:
     """Whether all traces are there before the run starts: it has no problems to solve."""
-    return run.experience is not None and not run.experience.problems
+    return run.experience is not None and not run.has_problems
 
 
 def differences(ours: Run, theirs: Run) -> list[str]:
