@@ -45,9 +45,10 @@ FLOORS = (
         "envs",
         "envs.*",
     ),
-    ("runs", "checkpoint", "tracking", "tally"),
+    ("runs", "checkpoint", "tracking", "tally", "traces"),
     (
         "assembly",
+        "experience",
         "authoring",
         "distill",
         "responses",
