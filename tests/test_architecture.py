@@ -50,6 +50,7 @@ FLOORS = (
         "assembly",
         "experience",
         "authoring",
+        "drawing",
         "distill",
         "responses",
         "suites",

@@ -8,7 +8,7 @@ from opcd.assembly import with_contexts
 from opcd.checking import check_context, check_run
 from opcd.config import Run, check_files, dump_config, load_config
 from opcd.config.experience import Endpoint, Experience, Local
-from opcd.config.inputs import Jsonl, Lessons
+from opcd.config.inputs import Jsonl, Lessons, Tasks
 from opcd.errors import ConfigError, TaskError
 from opcd.tasks import load_splits
 from opcd.types import Message, Task
@@ -37,6 +37,11 @@ def load(folder: Path, *overrides: str, tables: str = GRADER + PROBLEMS, top: st
 def table(run: Run) -> Experience:
     assert run.experience is not None
     return run.experience
+
+
+def rows_of(run: Run) -> Tasks:
+    assert run.tasks is not None
+    return run.tasks
 
 
 def test_a_run_with_experience_needs_no_context(tmp_path: Path) -> None:
@@ -124,7 +129,7 @@ def test_an_endpoint_has_the_protocols_defaults() -> None:
 
 def test_problems_are_a_split_of_their_own(tmp_path: Path) -> None:
     run = load(tmp_path)
-    splits = load_splits(run.tasks, run.seed, problems=table(run).problems)
+    splits = load_splits(rows_of(run), run.seed, problems=table(run).problems)
     assert [len(splits[s]) for s in ("train", "validation", "test", "extraction")] == [8, 3, 3, 4]
     assert check_run(tmp_path / "run.toml")[1][-1].endswith("4 extraction")
 
@@ -142,7 +147,7 @@ def test_no_problems_are_named_by_their_key(tmp_path: Path) -> None:
     run = load(tmp_path)
     write_jsonl(tmp_path / "problems.jsonl", [])
     with pytest.raises(TaskError, match=r"experience\.problems has no rows"):
-        load_splits(run.tasks, run.seed, problems=table(run).problems)
+        load_splits(rows_of(run), run.seed, problems=table(run).problems)
 
 
 def test_problems_may_be_a_share_of_the_train_rows(tmp_path: Path) -> None:
@@ -151,7 +156,7 @@ def test_problems_may_be_a_share_of_the_train_rows(tmp_path: Path) -> None:
     run = load(tmp_path, "experience.problems=[]", "experience.store=later.jsonl", share)
     assert run.has_problems and table(run).problems == ()
     check_files(run)
-    splits = load_splits(run.tasks, run.seed)
+    splits = load_splits(rows_of(run), run.seed)
     assert {name: len(tasks) for name, tasks in splits.items()} == {
         "train": 6,
         "validation": 3,

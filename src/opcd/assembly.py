@@ -14,6 +14,7 @@ from opcd.anchors import AnchorSet, load_anchors
 from opcd.checking import check_select_by, warnings
 from opcd.config import Run, check_files, training
 from opcd.contexts import load_context, pool_of
+from opcd.envs.games import Opening, openings_of
 from opcd.errors import ConfigError
 from opcd.graders import Grader, build_grader
 from opcd.rendering import Renderer, common_prefix, render_pairs
@@ -31,10 +32,14 @@ MAX_KEPT_BYTES = 2**28
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A task and its two prompts."""
+    """A task and its two prompts: a single answer, or the first turn of a game."""
 
     task: Task
     pair: PromptPair
+    context: Context = field(default_factory=Context)
+    """What its teacher sees besides."""
+    game: Opening | None = None
+    """The board that an episode is played on; `None` where one answer is all."""
 
 
 @dataclass
@@ -46,7 +51,7 @@ class Parts:
     dtype: torch.dtype
     renderer: Renderer
     items: dict[str, list[Item]]
-    """Rendered tasks by split."""
+    """Rendered tasks by split: train, validation, test; and extraction, to gather experience."""
     anchors: AnchorSet
     kept: AnchorSet
     """Anchors that are never trained on."""
@@ -153,12 +158,19 @@ def render_splits(config: Run, renderer: Renderer) -> tuple[dict[str, list[Item]
     """
     items: dict[str, list[Item]] = {}
     notes: list[str] = []
-    problems = config.experience.problems if config.experience else ()
-    for split, rows in load_splits(config.tasks, config.seed, notes, problems).items():
-        tasks, contexts = with_contexts(config, split, rows)
+    for split, rows in load_rows(config, notes).items():
+        tasks, contexts = with_contexts(config, split, [task for task, _ in rows])
         pairs, dropped = render_pairs(renderer, tasks, contexts)
-        by_id = {task.id: task for task in tasks}
-        items[split] = [Item(by_id[pair.task_id], pair) for pair in pairs]
+        copies = len(tasks) // len(rows)
+        known = {
+            task.id: (task, context, rows[index // copies][1])
+            for index, (task, context) in enumerate(zip(tasks, contexts, strict=True))
+        }
+        items[split] = [
+            Item(task, pair, context, game)
+            for pair in pairs
+            for task, context, game in [known[pair.task_id]]
+        ]
         if dropped:
             notes.append(
                 f"{split}: {len(dropped)} of {len(tasks)} rows dropped, longer than "
@@ -177,6 +189,31 @@ def with_contexts(
     product = [(task, number) for task in tasks for number in range(len(pool))]
     named = [replace(task, id=f"{task.id}/lessons-{number}") for task, number in product]
     return named, [pool[number] for _, number in product]
+
+
+def load_rows(config: Run, notes: list[str]) -> dict[str, list[tuple[Task, Opening | None]]]:
+    """What is asked in each split: the rows of files, or the boards of a game."""
+    if config.game:
+        return {
+            split: [(opening.task(id_), opening) for id_, opening in openings.items()]
+            for split, openings in openings_of(config.game).items()
+        }
+    assert config.tasks, "a run has tasks or a game"
+    problems = config.experience.problems if config.experience else ()
+    splits = load_splits(config.tasks, config.seed, notes, problems)
+    return {split: [(task, None) for task in tasks] for split, tasks in splits.items()}
+
+
+def with_context(parts: Parts, items: Sequence[Item], context: Context) -> list[Item]:
+    """The same tasks with another context.
+
+    Raises:
+        OverLongError: a prompt does not fit; none is dropped, so that contexts can be compared.
+    """
+    return [
+        Item(item.task, parts.renderer.pair(item.task, context), context, item.game)
+        for item in items
+    ]
 
 
 def _load_student(config: Run, device: torch.device, dtype: torch.dtype) -> Any:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 
 from opcd.config import inputs, training
 from opcd.config.experience import Experience
+from opcd.config.games import GameConfig
 from opcd.config.section import Count, Section
 from opcd.errors import ConfigError, ContextError, TaskError
 
@@ -28,7 +29,10 @@ class Run(Section):
     """Run folders are made in here, by name."""
     model: training.Model = training.Model()
     context: inputs.ContextConfig = inputs.Lessons()
-    tasks: inputs.Tasks
+    tasks: inputs.Tasks | None = None
+    """Single answers; a run has either these or a game."""
+    game: GameConfig | None = None
+    """Episodes of several turns, on boards."""
     grader: inputs.GraderConfig | None = None
     experience: Experience | None = None
     """Where the context is not given, but learned."""
@@ -64,6 +68,18 @@ class Run(Section):
         return self.batch.prompts_per_step - self.anchors_per_step - self.returns_per_step
 
     @property
+    def is_graded(self) -> bool:
+        """Whether an answer is right or wrong: says the grader, or the game."""
+        return self.grader is not None or self.game is not None
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there are rows or boards to choose weights on."""
+        if self.game:
+            return self.game.boards.validation > 0
+        return bool(self.tasks and (self.tasks.validation or self.tasks.validation_share))
+
+    @property
     def most_teacher_answers(self) -> float:
         """The largest share of a step's tasks and anchors that their teachers answer."""
         of_warmup = self.loss.warmup.teacher_fraction if self.loss.warmup else None
@@ -72,8 +88,39 @@ class Run(Section):
     @property
     def has_problems(self) -> bool:
         """Whether there are problems that experience can be gathered from."""
+        if self.game:
+            return self.game.boards.extraction > 0
         rows = self.experience.problems if self.experience else ()
-        return bool(rows or self.tasks.extraction_share)
+        return bool(rows or (self.tasks and self.tasks.extraction_share))
+
+    @model_validator(mode="after")
+    def _asks_tasks_or_plays_a_game(self) -> Self:
+        if self.tasks is None and self.game is None:
+            raise ValueError(
+                "there is neither a [tasks] table nor a [game] table, so there is nothing to "
+                'answer; write [tasks] with train = "train.jsonl", or [game] with '
+                'type = "frozen_lake"'
+            )
+        if self.game is None:
+            return self
+        if self.tasks is not None:
+            raise ValueError(
+                "there are a [tasks] and a [game] table, but a game's boards are its tasks; "
+                "remove one of the two (game.boards says how many boards each split has)"
+            )
+        if self.grader is not None:
+            raise ValueError(
+                "there are a [grader] and a [game] table, but the game itself says what is "
+                "solved; remove [grader]"
+            )
+        if self.context.type == "column":
+            raise ValueError(
+                "context.type is column but a board brings no text of its own; write another "
+                'kind of context, such as context.type = "system_prompt"'
+            )
+        if not self.game.boards.train:
+            raise ValueError("game.boards.train = 0 leaves nothing to train on; write at least 1")
+        return self
 
     @model_validator(mode="after")
     def _context_is_given_or_learned(self) -> Self:
@@ -97,7 +144,12 @@ class Run(Section):
         found = self.experience
         if found is None:
             return self
-        if found.problems and self.tasks.extraction_share:
+        if found.problems and self.game:
+            raise ValueError(
+                "experience.problems is set beside [game], which has boards to gather experience "
+                "on; remove problems (game.boards.extraction says how many)"
+            )
+        if found.problems and self.tasks and self.tasks.extraction_share:
             raise ValueError(
                 "experience.problems and tasks.extraction_share are both set, so the problems have "
                 "two origins; remove one of them"
@@ -106,9 +158,10 @@ class Run(Section):
             raise ValueError(
                 "experience.problems is missing, and experience.store too: there is nothing to "
                 'learn from; write experience.problems = "problems.jsonl", rows that are in no '
-                "other split, or tasks.extraction_share = 0.1 to take them from the train rows"
+                "other split, tasks.extraction_share = 0.1 to take them from the train rows, or "
+                "with a game game.boards.extraction = 32"
             )
-        if self.has_problems and found.feedback != "none" and self.grader is None:
+        if self.has_problems and found.feedback != "none" and not self.is_graded:
             raise ValueError(
                 f'experience.feedback = "{found.feedback}" but there is no [grader] to say what is '
                 'right; add one, or write experience.feedback = "none"'
