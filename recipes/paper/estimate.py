@@ -103,13 +103,12 @@ def rows_of(run: Run) -> int:
     return run.batch.prompts_per_step
 
 
-def decode_s(run: Run, rows: int, speed: Speed, most: int | None = None) -> float:
+def decode_s(run: Run, rows: int, speed: Speed, turns: int, most: int | None = None) -> float:
     """Seconds to answer so many prompts, batch by batch, each turn after the other."""
     shape, most = SHAPES[run.model.path], most or run.rollout.max_new_tokens
     batch = min(rows, run.rollout.batch_rows)
     read = 2 * shape.parameters + batch * reach(run) / 2 * shape.kv_bytes
     token_s = read / speed.read_bytes_per_s + 1e-3 * shape.layers
-    turns = run.game.turns if run.game else 1
     return math.ceil(rows / batch) * most * turns * token_s
 
 
@@ -119,30 +118,30 @@ def hours(run: Run, speed: Speed) -> dict[str, float]:
     other = getattr(run.teacher, "path", None)
     teacher = SHAPES[other].parameters if other else student
     turns = run.game.turns if run.game else 1
-    tokens = rows_of(run) * turns * reach(run)
+    # Prompts that were saved are answered once each, without the game.
+    asked = 1 if run.experience and run.experience.train_on == "store" else turns
+    tokens = rows_of(run) * asked * reach(run)
     # Forward and backward, the forward pass again for checkpointed layers, and the teacher's.
     passes_s = tokens * (8 * student + 2 * teacher) / speed.flops
-    training_s = run.steps * (decode_s(run, rows_of(run), speed) + passes_s)
     validations = math.ceil(run.steps / run.evaluation.every_steps)
     found = {
-        "training": training_s,
-        "validation": validations * decode_s(run, validation_rows(run), speed),
+        "training": run.steps * (decode_s(run, rows_of(run), speed, asked) + passes_s),
+        "validation": validations * decode_s(run, validation_rows(run), speed, turns),
     }
-    if found_table := run.experience:
-        traces = found_table.seeds * found_table.steps
-        found["solving"] = decode_s(run, traces, speed)
-        most = found_table.max_new_tokens
-        found["extraction"] = decode_s(run, traces, speed, most) / turns
-        scored = found_table.seeds * math.ceil(found_table.steps / found_table.score_every) + 1
-        rows = min(found_table.select_rows or validation_rows(run), validation_rows(run))
-        found["selection"] = decode_s(run, scored * rows, speed)
+    if table := run.experience:
+        traces = table.seeds * table.steps
+        scored = table.seeds * math.ceil(table.steps / table.score_every) + 1
+        rows = min(table.select_rows or validation_rows(run), validation_rows(run))
+        found["solving"] = decode_s(run, traces, speed, turns)
+        found["extraction"] = decode_s(run, traces, speed, 1, table.max_new_tokens)
+        found["selection"] = decode_s(run, scored * rows, speed, turns)
     return {name: seconds / 3600 for name, seconds in found.items()}
 
 
 def validation_rows(run: Run) -> int:
     """Rows or games of one validation."""
     if run.game:
-        return run.game.boards.validation * run.evaluation.draws
+        return run.game.boards.validation * run.game.episodes
     return run.evaluation.validation_rows or 1000
 
 
