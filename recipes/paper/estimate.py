@@ -81,7 +81,9 @@ def memory_gb(run: Run) -> dict[str, float]:
     heads = [student, student] + ([SHAPES[other]] if other else [])
     held["heads in float32"] = sum(shape.head_bytes for shape in heads)
     passing = {
-        "keys and values": min(run.rollout.batch_rows, rows_of(run)) * reach(run) * student.kv_bytes,
+        "keys and values": min(run.rollout.batch_rows, rows_of(run))
+        * reach(run)
+        * student.kv_bytes,
         "a training pass": run.batch.rows_per_forward
         * reach(run)
         * student.hidden
