@@ -262,7 +262,7 @@ def test_a_run_never_changes(tmp_path: Path) -> None:
         (
             "run.toml",
             "steps = 3",
-            r"run\.toml:\n  context: Field required\n  tasks: Field required",
+            r"run\.toml:\n  tasks: Field required",
         ),
     ],
 )

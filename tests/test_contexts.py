@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from opcd.config.inputs import ContextConfig
-from opcd.contexts import add_context, load_context, read_examples, read_text
+from opcd.config.inputs import ContextConfig, Lessons
+from opcd.contexts import add_context, lessons_context, load_context, read_examples, read_text
 from opcd.errors import ContextError
 from opcd.types import Context, Message, Task
 from worlds import write_jsonl
@@ -165,3 +165,29 @@ def test_an_example_whose_response_is_no_text_is_refused(tmp_path: Path) -> None
 def test_unicode_line_separators_do_not_end_an_example(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "e.jsonl", [{"prompt": "a\u2028b", "response": "c\x85d"}])
     assert [m.content for m in read_examples(path)] == ["a\u2028b", "c\x85d"]
+
+
+@pytest.mark.parametrize("placement", ["system", "user"])
+def test_lessons_are_worded_by_placement(tmp_path: Path, placement: str) -> None:
+    """Our words hold both, and the experience's own braces are text."""
+    path = text_file(tmp_path, "- Mind {prompt} and {experience}.\n")
+    context = load(type="experience", path=path, placement=placement)
+    text = "\n".join(m.content for m in add_context(TASK, context))
+    assert text.count("- Mind {prompt} and {experience}.") == 1
+    assert text.count("Hi?") == 1
+
+
+def test_lessons_take_the_users_template(tmp_path: Path) -> None:
+    path = text_file(tmp_path, "- a\n")
+    context = load(type="experience", path=path, template="{prompt} ({experience})")
+    assert shown(TASK, context) == [("user", "Hi? (- a)")]
+
+
+def test_lessons_without_an_item_are_no_context() -> None:
+    assert lessons_context(Lessons(), " \n").is_empty
+
+
+def test_an_empty_file_of_lessons_is_refused(tmp_path: Path) -> None:
+    """As any other context file: it would train on nothing."""
+    with pytest.raises(ContextError, match="is empty"):
+        load(type="experience", path=text_file(tmp_path, "\n"))

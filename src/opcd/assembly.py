@@ -1,7 +1,7 @@
 """A configuration becomes the parts that programs work with: tasks, models, teachers, engine."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from opcd import adapters, models, weights
 from opcd.anchors import AnchorSet, load_anchors
 from opcd.checking import check_select_by, warnings
 from opcd.config import Run, check_files, training
-from opcd.contexts import load_context
+from opcd.contexts import load_context, pool_of
 from opcd.errors import ConfigError
 from opcd.graders import Grader, build_grader
 from opcd.rendering import Renderer, common_prefix, render_pairs
@@ -153,8 +153,9 @@ def render_splits(config: Run, renderer: Renderer) -> tuple[dict[str, list[Item]
     """
     items: dict[str, list[Item]] = {}
     notes: list[str] = []
-    for split, tasks in load_splits(config.tasks, config.seed, notes).items():
-        contexts = [load_context(config.context, task) for task in tasks]
+    problems = config.experience.problems if config.experience else ()
+    for split, rows in load_splits(config.tasks, config.seed, notes, problems).items():
+        tasks, contexts = with_contexts(config, split, rows)
         pairs, dropped = render_pairs(renderer, tasks, contexts)
         by_id = {task.id: task for task in tasks}
         items[split] = [Item(by_id[pair.task_id], pair) for pair in pairs]
@@ -164,6 +165,18 @@ def render_splits(config: Run, renderer: Renderer) -> tuple[dict[str, list[Item]
                 f"{renderer.max_prompt_tokens} tokens: {', '.join(dropped[:5])} ..."
             )
     return items, notes
+
+
+def with_contexts(
+    config: Run, split: str, tasks: Sequence[Task]
+) -> tuple[list[Task], list[Context]]:
+    """Each row with its context; a train row once with every context of a pool."""
+    pool = pool_of(config.context) if split == "train" else []
+    if not pool:
+        return list(tasks), [load_context(config.context, task) for task in tasks]
+    product = [(task, number) for task in tasks for number in range(len(pool))]
+    named = [replace(task, id=f"{task.id}/lessons-{number}") for task, number in product]
+    return named, [pool[number] for _, number in product]
 
 
 def _load_student(config: Run, device: torch.device, dtype: torch.dtype) -> Any:

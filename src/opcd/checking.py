@@ -5,7 +5,7 @@ from pathlib import Path
 
 from opcd.anchors import load_anchors
 from opcd.config import Run, check_files, load_config
-from opcd.config.inputs import HubDataset, Public, Source
+from opcd.config.inputs import HubDataset, Lessons, Public, Source
 from opcd.contexts import load_context
 from opcd.errors import ConfigError
 from opcd.graders import Grader, build_grader
@@ -31,19 +31,36 @@ def check_run(path: Path, overrides: Sequence[str] = ()) -> tuple[Run, list[str]
         f"{len(test_anchors.systems)} x {len(test_anchors.prompts)} to test on",
         *warnings(run),
     ]
-    sources = (*run.tasks.train, *run.tasks.validation, *run.tasks.test)
+    problems = run.experience.problems if run.experience else ()
+    sources = (*run.tasks.train, *run.tasks.validation, *run.tasks.test, *problems)
     if any([_is_far(source) for source in sources]):
         return run, [*facts, "tasks: from a data set, read when the run starts"]
     notes: list[str] = []
-    splits = load_splits(run.tasks, run.seed, notes)
+    splits = load_splits(run.tasks, run.seed, notes, problems)
     check_select_by(run, grader, splits.get("validation", []))
+    told = run.experience is not None and run.experience.feedback != "none"
+    graded = ("validation", "test", *(["extraction"] if told else []))
     for split, tasks in splits.items():
         for task in tasks:
             load_context(run.context, task)
-            if grader and split != "train":
+            if grader and split in graded:
                 grader(task, "")
     counts = "tasks: " + ", ".join(f"{len(t)} {s}" for s, t in splits.items())
     return run, [*facts, *notes, counts]
+
+
+def check_context(run: Run) -> None:
+    """Refuse to train on, or to measure, a context that is still to be gathered.
+
+    Raises:
+        ConfigError: the run learns its context from experience.
+    """
+    if isinstance(run.context, Lessons) and not run.context.files:
+        raise ConfigError(
+            "[context] is missing and [experience] takes its place: there is nothing to bake in "
+            "before that is gathered; use opcd experience, or opcd accumulate and then give an "
+            'experience as [context] with type = "experience" and its path'
+        )
 
 
 def check_select_by(run: Run, grader: Grader | None, validation: Sequence[Task]) -> None:

@@ -1,12 +1,21 @@
 """What only the teacher sees, and where it is placed in the conversation."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
 
-from opcd.config.inputs import Column, ContextConfig, Document, Examples, SystemPrompt
+from opcd.config.inputs import Column, ContextConfig, Document, Examples, Lessons, SystemPrompt
 from opcd.errors import ContextError
 from opcd.types import Context, Message, Task
+
+LESSONS = {
+    "system": "What was learned from earlier problems. Use what helps with the one you are given."
+    "\n\n{experience}",
+    "user": "What was learned from earlier problems:\n\n{experience}\n\n"
+    "Use what helps with this one:\n\n{prompt}",
+}
+"""How an experience is worded by placement, where the run has no template of its own."""
 
 
 def load_context(config: ContextConfig, task: Task) -> Context:
@@ -30,6 +39,26 @@ def load_context(config: ContextConfig, task: Task) -> Context:
                     "there; fill the row's context column"
                 )
             return _place(config.template, "{context}", task.context, config.placement)
+        case Lessons():
+            if not config.files:
+                return Context()
+            number = int(hashlib.sha256(task.id.encode()).hexdigest(), 16) % len(config.files)
+            return lessons_context(config, read_text(config.files[number]))
+
+
+def lessons_context(config: Lessons, experience: str) -> Context:
+    """The text of an experience, placed as the run says; empty, if there is none."""
+    template = config.template or LESSONS[config.placement]
+    if not experience.strip():
+        return Context()
+    return _place(template, "{experience}", experience.strip(), config.placement)
+
+
+def pool_of(config: ContextConfig) -> list[Context]:
+    """The contexts that every train row is asked with, where there are several."""
+    if not isinstance(config, Lessons) or len(config.files) < 2:
+        return []
+    return [lessons_context(config, read_text(path)) for path in config.files]
 
 
 def add_context(task: Task, context: Context) -> tuple[Message, ...]:

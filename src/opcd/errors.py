@@ -15,11 +15,13 @@ The tree, with the exit code that the command line gives it:
     |   |-- CostsError                       a price, a batch size or a package of a comparison
     |   |-- AuthoringError                   instructions, examples or output of opcd prompts
     |   |-- HarnessError                     a task of opcd harness, or the package it takes
-    |   `-- GameError                        boards of a text game, or the package it takes
+    |   |-- GameError                        boards of a text game, or the package it takes
+    |   `-- TraceError                       a trajectory store, or a row of it
     `-- RunError (also a RuntimeError)       exit 1: the run failed, what was saved stays
         |-- CheckpointError                  a checkpoint that cannot be written or trusted
         |-- DivergedError                    loss or gradient not finite too often
         |-- RolloutError                     an engine gave responses that cannot be trained on
+        |-- ExtractorError                   a model that was to write items cannot be asked
         `-- ExportError                      an exported model that does not answer like its run
 """
 
@@ -80,6 +82,10 @@ class GameError(InputError):
     """A text game, or boards of it, cannot be made as asked, or lack their package."""
 
 
+class TraceError(InputError):
+    """A trajectory store has a row that is no trace, or nothing that is needed of it."""
+
+
 class RunError(OpcdError, RuntimeError):
     """The run failed after it had started."""
 
@@ -94,6 +100,10 @@ class DivergedError(RunError):
 
 class RolloutError(RunError):
     """An engine returned responses that cannot be trained on."""
+
+
+class ExtractorError(RunError):
+    """The model that was to write items of experience cannot be asked."""
 
 
 class ExportError(RunError):

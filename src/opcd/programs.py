@@ -6,6 +6,7 @@ from typing import Any
 
 from opcd.adapters import load_weights
 from opcd.assembly import Item, Parts, assemble
+from opcd.checking import check_context
 from opcd.config import Run
 from opcd.contexts import load_context
 from opcd.errors import ContextError
@@ -40,6 +41,7 @@ def open_baked(path: Path) -> tuple[RunFolder, Parts, int]:
 
 def gap_of(config: Run) -> dict[str, Any]:
     """Measure what a run's context changes, before any training, and write `gap.json`."""
+    check_context(config)
     folder = make_folder(config)
     found = measure_gap(assemble(config))
     write_json(folder.gap, found)

@@ -24,7 +24,10 @@ ALIASES = {"messages": "prompt", "privileged_context": "context"}
 
 
 def load_splits(
-    config: TasksConfig, seed: int, notes: list[str] | None = None
+    config: TasksConfig,
+    seed: int,
+    notes: list[str] | None = None,
+    problems: Sequence[Source] = (),
 ) -> dict[str, list[Task]]:
     """All tasks of a run by split name, with the leak check done.
 
@@ -32,6 +35,7 @@ def load_splits(
         config: the `[tasks]` table.
         seed: of the rows that are drawn and the shares that are taken.
         notes: what a source left out is added to it, for people.
+        problems: the rows that experience is gathered from: the split `extraction`.
 
     Raises:
         TaskError: a row is malformed, a split is empty, or splits share a row or a group.
@@ -44,6 +48,8 @@ def load_splits(
     for name, share in (("test", config.test_share), ("validation", config.validation_share)):
         if share:
             splits["train"], splits[name] = split_groups(splits["train"], share, seed)
+    if problems:
+        splits["extraction"] = mix(problems, "extraction", config.group_by, seed, notes)
     check_leaks(splits)
     return splits
 
@@ -70,7 +76,8 @@ def mix(
             )
         tasks += rows if source.rows is None else shuffle(rows, seed)[: source.rows]
     if not tasks:
-        raise TaskError(f"tasks.{split} has no rows; put at least one in, or name another source")
+        key = "experience.problems" if split == "extraction" else f"tasks.{split}"
+        raise TaskError(f"{key} has no rows; put at least one in, or name another source")
     _check_ids(tasks, split)
     return tasks
 

@@ -18,6 +18,7 @@ from transformers import get_scheduler
 from opcd import checkpoint
 from opcd.adapters import save_weights, trainable
 from opcd.assembly import Parts, assemble
+from opcd.checking import check_context
 from opcd.config import Run, differences
 from opcd.distill import StepReport, Trainer, distill
 from opcd.errors import CheckpointError, ConfigError, RunFolderError
@@ -79,6 +80,7 @@ def train(config: Run, resume: bool = False, overwrite: bool = False) -> Outcome
         InputError: something is wrong with the input; nothing was started.
         RunError: training failed; its checkpoints are kept.
     """
+    check_context(config)
     if not resume:
         check_free(config, overwrite)
     parts = assemble(config)

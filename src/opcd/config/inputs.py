@@ -38,13 +38,7 @@ class Document(Section):
 
     @model_validator(mode="after")
     def _template_has_its_slots(self) -> Self:
-        slots = ["{document}", "{prompt}"] if self.placement == "user" else ["{document}"]
-        missing = [slot for slot in slots if slot not in self.template]
-        if missing:
-            raise ValueError(
-                f"template lacks {' and '.join(missing)}, so that text would never be shown; "
-                f'write for example template = "{" ".join(slots)}"'
-            )
+        check_template(self.template, "{document}", self.placement)
         return self
 
 
@@ -57,7 +51,34 @@ class Column(Section):
     """Must hold `{context}`; with `placement = "user"` also `{prompt}`."""
 
 
-ContextConfig = Annotated[SystemPrompt | Examples | Document | Column, Field(discriminator="type")]
+class Lessons(Section):
+    """Items that a model wrote down from its own traces: an experience, or a pool of them.
+
+    Of a pool, every train row is asked once with each; a row of another split always with the same.
+    """
+
+    type: Literal["experience"] = "experience"
+    path: Path | tuple[Path, ...] = ()
+    """One file, or several as a pool; none only where the experience is still to be gathered."""
+    placement: Literal["system", "user"] = "user"
+    template: str | None = None
+    """Must hold `{experience}`; with `placement = "user"` also `{prompt}`. Default: our words."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The experiences, one or several."""
+        return self.path if isinstance(self.path, tuple) else (self.path,)
+
+    @model_validator(mode="after")
+    def _template_has_its_slots(self) -> Self:
+        if self.template is not None:
+            check_template(self.template, "{experience}", self.placement)
+        return self
+
+
+ContextConfig = Annotated[
+    SystemPrompt | Examples | Document | Column | Lessons, Field(discriminator="type")
+]
 
 
 class Jsonl(Section):
@@ -126,7 +147,7 @@ class Tasks(Section):
     def _paths_become_sources(cls, data: Any) -> Any:
         if not isinstance(data, Mapping):
             return data
-        splits = {k: _as_sources(v) for k, v in data.items() if k in SPLITS}
+        splits = {k: as_sources(v) for k, v in data.items() if k in SPLITS}
         return {**data, **splits}
 
     @model_validator(mode="after")
@@ -209,11 +230,27 @@ GraderConfig = Annotated[
 ]
 
 
-def _as_sources(value: Any) -> Any:
+def as_sources(value: Any) -> Any:
+    """A path, a table or a list of both as a tuple of sources' tables."""
     if isinstance(value, str | Path):
         return ({"type": "jsonl", "path": value},)
     if isinstance(value, Mapping):
         return ({"type": "jsonl", **value},)
     if isinstance(value, Sequence):
-        return tuple(source for item in value for source in _as_sources(item))
+        return tuple(source for item in value for source in as_sources(item))
     return value
+
+
+def check_template(template: str, slot: str, placement: str) -> None:
+    """Refuse a template without the slots that its placement needs.
+
+    Raises:
+        ValueError: naming those it lacks.
+    """
+    slots = [slot, "{prompt}"] if placement == "user" else [slot]
+    missing = [slot for slot in slots if slot not in template]
+    if missing:
+        raise ValueError(
+            f"template lacks {' and '.join(missing)}, so that text would never be shown; "
+            f'write for example template = "{" ".join(slots)}"'
+        )

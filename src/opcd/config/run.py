@@ -13,6 +13,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ValidationError, model_validator
 
 from opcd.config import inputs, training
+from opcd.config.experience import Experience
 from opcd.config.section import Count, Section
 from opcd.errors import ConfigError, ContextError, TaskError
 
@@ -26,9 +27,11 @@ class Run(Section):
     out: Path = Path("runs")
     """Run folders are made in here, by name."""
     model: training.Model = training.Model()
-    context: inputs.ContextConfig
+    context: inputs.ContextConfig = inputs.Lessons()
     tasks: inputs.Tasks
     grader: inputs.GraderConfig | None = None
+    experience: Experience | None = None
+    """Where the context is not given, but learned."""
     rendering: training.Rendering = training.Rendering()
     rollout: training.Rollout = training.Rollout()
     loss: training.Loss = training.Loss()
@@ -65,6 +68,41 @@ class Run(Section):
         """The largest share of a step's tasks and anchors that their teachers answer."""
         of_warmup = self.loss.warmup.teacher_fraction if self.loss.warmup else None
         return max(self.rollout.teacher_fraction, of_warmup or 0.0)
+
+    @model_validator(mode="after")
+    def _context_is_given_or_learned(self) -> Self:
+        lessons = self.context if isinstance(self.context, inputs.Lessons) else None
+        if self.experience is None:
+            if lessons and not lessons.files:
+                raise ValueError(
+                    "there is no context to bake in; write [context] with its type and path, or "
+                    "[experience] to have it gathered"
+                )
+            return self
+        if lessons is None:
+            raise ValueError(
+                f'[context] has type = "{self.context.type}" beside [experience], whose items are '
+                "the context; remove one of the two tables"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _experience_has_a_source(self) -> Self:
+        found = self.experience
+        if found is None:
+            return self
+        if not found.problems and found.store is None:
+            raise ValueError(
+                "experience.problems is missing, and experience.store too: there is nothing to "
+                'learn from; write experience.problems = "problems.jsonl", rows that are in no '
+                "other split"
+            )
+        if found.problems and found.feedback != "none" and self.grader is None:
+            raise ValueError(
+                f'experience.feedback = "{found.feedback}" but there is no [grader] to say what is '
+                'right; add one, or write experience.feedback = "none"'
+            )
+        return self
 
     @model_validator(mode="after")
     def _sections_fit_each_other(self) -> Self:
@@ -165,6 +203,10 @@ def check_files(run: Run) -> None:
         TaskError: a task file is missing or empty.
     """
     for key, path in _paths_of(run):
+        if key == "experience.instructions" or (
+            key == "experience.store" and not _starts_from_store(run)
+        ):
+            continue
         error = ContextError if key.startswith("context") else TaskError
         if not path.is_file():
             raise error(f"{key} = {str(path)!r}: there is no such file; correct the path")
@@ -173,6 +215,11 @@ def check_files(run: Run) -> None:
                 f"{key} = {str(path)!r}: the file is empty, so there is nothing to train on; "
                 "put its text in, or name another file"
             )
+
+
+def _starts_from_store(run: Run) -> bool:
+    """Whether all traces are there before the run starts: it has no problems to solve."""
+    return run.experience is not None and not run.experience.problems
 
 
 def differences(ours: Run, theirs: Run) -> list[str]:
@@ -240,15 +287,23 @@ def _absolute_paths(run: Run, folder: Path) -> dict[str, Any]:
     tree = json.loads(json.dumps(run.model_dump(mode="json", exclude_unset=True)))
     for key, path in _paths_of(run):
         node: Any = tree
-        *parents, leaf = key.split(".")
+        *parents, leaf = [int(part) if part.isdigit() else part for part in key.split(".")]
         for part in parents:
-            node = node[int(part) if part.isdigit() else part]
+            node = node[part]
         node[leaf] = str((folder / path).resolve())
     # A model may also be a hub id or an alias: only what lies there is a path.
-    for table in ("model", "teacher"):
-        name = getattr(getattr(run, table), "path", None)
+    extractor = run.experience.extractor if run.experience else None
+    for keys, named in (
+        (("model",), run.model),
+        (("teacher",), run.teacher),
+        (("experience", "extractor"), extractor),
+    ):
+        name = getattr(named, "path", None)
         if name and (folder / name).exists():
-            tree.setdefault(table, {})["path"] = str((folder / name).resolve())
+            table = tree
+            for key in keys:
+                table = table.setdefault(key, {})
+            table["path"] = str((folder / name).resolve())
     return tree
 
 

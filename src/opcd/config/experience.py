@@ -1,0 +1,132 @@
+"""How a run learns from experience: what it solves, who writes the lessons, what is kept."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from opcd.config.inputs import Lessons, Source, as_sources, check_template
+from opcd.config.section import Count, NonNegative, Positive, Section
+
+
+class Student(Section):
+    """The run's own model writes, as it is at the start of the round."""
+
+    type: Literal["student"] = "student"
+
+
+class Local(Section):
+    """Another model on this machine writes."""
+
+    type: Literal["local"] = "local"
+    path: str
+    """A folder, an alias or a hub id, as in `model.path`."""
+
+
+class Endpoint(Section):
+    """A server writes, asked in OpenAI's protocol at `/v1/chat/completions`."""
+
+    type: Literal["endpoint"] = "endpoint"
+    url: str
+    """Such as `http://localhost:8000/v1`; no user name or key in it."""
+    model: str
+    """The name the server knows it by."""
+    key_env: str | None = None
+    """The environment variable that holds the key; the key itself is never written anywhere."""
+    timeout_s: Positive = 120.0
+    """How long one answer may take."""
+    retries: NonNegative = 4
+    """How often a prompt is sent again after a failure that may pass."""
+    parallel: Count = 8
+    """Prompts under way together."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _holds_no_secret(cls, data: Any) -> Any:
+        # Before the fields: their own errors would show what was written, which may be the key.
+        if not isinstance(data, Mapping):
+            return data
+        if not re.fullmatch(r"https?://[^\s@?#]+", str(data.get("url"))):
+            raise ValueError(
+                "url must begin with http:// or https:// and hold no user name, key or query; "
+                'write for example url = "http://localhost:8000/v1", and key_env for the key'
+            )
+        if not re.fullmatch(r"[A-Za-z_]\w*", str(data.get("key_env") or "unset"), re.ASCII):
+            raise ValueError(
+                "key_env is no name of an environment variable; put the key into one and write "
+                'its name, for example key_env = "OPENAI_API_KEY"'
+            )
+        return data
+
+
+ExtractorConfig = Annotated[Student | Local | Endpoint, Field(discriminator="type")]
+
+
+class Experience(Section):
+    """The `[experience]` table: solve, extract, accumulate, select, consolidate."""
+
+    problems: tuple[Source, ...] = ()
+    """Rows that traces are made on, in no other split. A game has extraction boards instead."""
+    seeds: Count = 3
+    """Accumulations, each from problems in an order of its own."""
+    steps: Count = 10
+    """Traces that each accumulation is made of, one after another."""
+    feedback: Literal["none", "outcome", "answer"] = "outcome"
+    """What the extractor is told of an answer: nothing, right or wrong, or the right answer too."""
+    temperature: Annotated[float, Field(ge=0.0)] = 0.7
+    """Of the extractor."""
+    max_new_tokens: Count = 256
+    """Of the extractor's answer to one trace."""
+    extractor: ExtractorConfig = Student()
+    instructions: Path | None = None
+    """A folder with an `extract.md` of your own."""
+    with_previous: bool = False
+    """Whether the extractor sees the items so far."""
+    max_tokens: Count = 4096
+    """The longest experience, in the run's tokens."""
+    keep: Literal["recent", "best"] = "recent"
+    """What stays of a longer one: the newest items, or those of the traces that went best."""
+    near_duplicate: Annotated[float, Field(gt=0.0, le=1.0)] = 0.7
+    """Jaccard index of the runs of three words from which on an item repeats another."""
+    placement: Literal["system", "user"] = "user"
+    template: str | None = None
+    """As in `context.type = "experience"`."""
+    score_every: Count = 1
+    """Candidates are scored after every so many traces; the empty and the last one always."""
+    select_rows: Count | None = None
+    """Validation rows that candidates are scored on; all of them by default."""
+    use: Literal["selected", "pool"] = "selected"
+    """Consolidate with the best candidate, or with the last one of every seed as a pool."""
+    train_on: Literal["tasks", "store"] = "tasks"
+    """Training prompts: the run's, or those saved in the trajectory store."""
+    store: Path | None = None
+    """The trajectory store; default: `traces.jsonl` in the run's own folder."""
+
+    def lessons(self, path: Path | tuple[Path, ...]) -> Lessons:
+        """These files as the context of a run."""
+        return Lessons(path=path, placement=self.placement, template=self.template)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _paths_become_sources(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or "problems" not in data:
+            return data
+        return {**data, "problems": as_sources(data["problems"])}
+
+    @model_validator(mode="after")
+    def _keys_fit_each_other(self) -> Self:
+        if self.template is not None:
+            check_template(self.template, "{experience}", self.placement)
+        if self.use == "pool" and self.seeds == 1:
+            raise ValueError(
+                'use = "pool" but seeds = 1: a pool of one experience is that experience; raise '
+                'seeds, or write use = "selected"'
+            )
+        if self.keep == "best" and self.feedback == "none":
+            raise ValueError(
+                'keep = "best" but feedback = "none": without outcomes no trace is better than '
+                'another; write keep = "recent" or feedback = "outcome"'
+            )
+        return self
