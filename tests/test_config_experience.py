@@ -7,7 +7,8 @@ import pytest
 from opcd.assembly import with_contexts
 from opcd.checking import check_context, check_run
 from opcd.config import Run, check_files, dump_config, load_config
-from opcd.config.experience import Endpoint, Experience, Local
+from opcd.config.experience import Experience
+from opcd.config.extractors import Endpoint, Local
 from opcd.config.inputs import Jsonl, Lessons
 from opcd.errors import ConfigError, TaskError
 from opcd.tasks import load_splits
