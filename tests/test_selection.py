@@ -16,6 +16,7 @@ from opcd.selection import (
     verdict,
 )
 from opcd.errors import RunFolderError
+from opcd.runs import RoundFolder
 
 
 def scored(tokens: int, hits: int, rows: int = 100, seed: int = 0, step: int = 1) -> Scored:
@@ -86,7 +87,7 @@ def test_candidates_are_none_the_last_and_every_so_many(tmp_path: Path) -> None:
         for step in range(last + 1):
             text = "".join(f"- item {i} of {seed}\n" for i in range(step))
             (folder / f"experience-{step:03d}.md").write_text(text, encoding="utf-8")
-    found = find_candidates(tmp_path, 3, lambda text: len(text.split()))
+    found = find_candidates(RoundFolder(tmp_path), 3, lambda text: len(text.split()))
     assert [(c.seed, c.step) for c in found] == [
         (0, 0), (0, 3), (0, 5), (1, 0), (1, 3), (1, 4), (10, 0), (10, 2),
     ]  # fmt: skip
@@ -98,7 +99,7 @@ def test_candidates_are_none_the_last_and_every_so_many(tmp_path: Path) -> None:
 
 def test_without_experiences_there_is_nothing_to_choose_from(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="has no experiences to choose from"):
-        find_candidates(tmp_path, 1, len)
+        find_candidates(RoundFolder(tmp_path), 1, len)
 
 
 def test_short_candidates_share_a_call_and_long_ones_have_their_own() -> None:

@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 from opcd.assembly import Item, Parts, with_context
 from opcd.contexts import lessons_context
 from opcd.errors import ConfigError, RunFolderError
+from opcd.experience import items_in
 from opcd.intervals import Estimate, estimate
 from opcd.responses import respond
-from opcd.runs import append_jsonl, read_jsonl
+from opcd.runs import RoundFolder, append_jsonl, mend_jsonl, read_jsonl
 
 Say = Callable[[str], object]
 
@@ -42,7 +43,7 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """Its file, below the folder of the round."""
+        """Its file, in the folder of its round."""
         return f"seed-{self.seed}/experience-{self.step:03d}.md"
 
 
@@ -86,7 +87,7 @@ class Choice(NamedTuple):
 
 
 def find_candidates(
-    folder: Path, score_every: int, count_tokens: Callable[[str], int]
+    folder: RoundFolder, score_every: int, count_tokens: Callable[[str], int]
 ) -> list[Candidate]:
     """The experiences of a round's seeds: none, the last, and every so many in between.
 
@@ -94,25 +95,19 @@ def find_candidates(
         RunFolderError: there are none.
     """
     found: list[Candidate] = []
-    seeds = sorted(folder.glob("seed-*"), key=lambda path: int(path.name.removeprefix("seed-")))
-    for path in seeds:
-        seed = int(path.name.removeprefix("seed-"))
-        files = {int(f.stem.removeprefix("experience-")): f for f in path.glob("experience-*.md")}
-        for step in sorted(files):
-            if step % score_every == 0 or step == max(files):
-                text = files[step].read_text(encoding="utf-8").strip()
+    seeds = sorted(int(path.name.removeprefix("seed-")) for path in folder.path.glob("seed-*"))
+    for seed in seeds:
+        files = folder.experiences(seed)
+        for step, file in enumerate(files):
+            if step % score_every == 0 or step == len(files) - 1:
+                text = file.read_text(encoding="utf-8").strip()
                 tokens = count_tokens(text) if text else 0
-                found.append(Candidate(seed, step, text, count_items(text), tokens))
+                found.append(Candidate(seed, step, text, len(items_in(text)), tokens))
     if not found:
         raise RunFolderError(
-            f"{folder} has no experiences to choose from; make them with opcd accumulate"
+            f"{folder.path} has no experiences to choose from; make them with opcd accumulate"
         )
     return found
-
-
-def count_items(text: str) -> int:
-    """Items of an experience: its lines."""
-    return sum(line.startswith("- ") for line in text.split("\n"))
 
 
 def check_can_score(parts: Parts) -> None:
@@ -153,6 +148,7 @@ def score_candidates(
     check_can_score(parts)
     items = parts.items["validation"][: _experience(parts).select_rows]
     measured_as = _settings(parts, items)
+    mend_jsonl(file)
     known = {row["key"]: tuple(row["marks"]) for row in read_jsonl(file)}
     keys = {one.text: _digest(f"{measured_as}\n{one.text}") for one in candidates}
     by_text = {one.text: one for one in candidates}
