@@ -25,9 +25,9 @@ from opcd.errors import ConfigError, NothingLearnedError, OverLongError, RunFold
 from opcd.intervals import estimate, mcnemar
 from opcd.programs import evaluate_best, read_evaluation
 from opcd.responses import by_metric, respond, rows_of
-from opcd.runs import RunFolder, read_best, write_json
+from opcd.runs import RoundFolder, RunFolder, read_best, write_json, write_text
 from opcd.selection import find_candidates
-from opcd.tasks import check_leaks
+from opcd.tasks import check_leaks, read_row
 from opcd.traces import read_traces, saved_prefixes
 
 Say = Callable[[str], object]
@@ -49,7 +49,7 @@ PREFIX_VALIDATION_SHARE = 0.1
 """Of saved prefixes, where the run has no validation rows of its own to choose weights on."""
 
 
-def consolidate(run: Run, number: int, folder: Path, say: Say) -> dict[str, Any]:
+def consolidate(run: Run, number: int, folder: RoundFolder, say: Say) -> dict[str, Any]:
     """Train and measure what is missing of a round; write and return `consolidation.json`.
 
     Args:
@@ -89,7 +89,7 @@ def consolidate(run: Run, number: int, folder: Path, say: Say) -> dict[str, Any]
     found = {
         "round": number,
         "model": run.model.path,
-        "experience": [str(file.relative_to(folder)) for file in files],
+        "experience": [str(file.relative_to(folder.path)) for file in files],
         "runs": {kind: one.name for kind, one in runs.items()},
         "checkpoints": {kind: read_best(one)["step"] for kind, one in folders.items()},
         "split": "test",
@@ -98,11 +98,11 @@ def consolidate(run: Run, number: int, folder: Path, say: Say) -> dict[str, Any]
         "paired": paired(answers),
         "notes": notes,
     }
-    write_json(folder / "consolidation.json", found)
+    write_json(folder.consolidation, found)
     return found
 
 
-def experience_files(run: Run, folder: Path) -> list[Path]:
+def experience_files(run: Run, folder: RoundFolder) -> list[Path]:
     """What is to be baked in: the selected experience, or the last one of every seed.
 
     Raises:
@@ -112,49 +112,48 @@ def experience_files(run: Run, folder: Path) -> list[Path]:
     assert run.experience, "a run without experience has nothing to consolidate"
     if run.experience.use == "pool":
         last = {one.seed: one for one in find_candidates(folder, 1, len)}
-        files = [folder / one.name for one in last.values() if one.text]
+        files = [folder.path / one.name for one in last.values() if one.text]
         if not files:
             raise NothingLearnedError(
                 f"none of {len(last)} seeds has an item, so there is nothing to bake in; read what "
-                f"the extractor wrote in {folder}/seed-*/items.jsonl, and change the instructions "
+                f"the extractor wrote in {folder.path}/seed-*/items.jsonl, and change the instructions "
                 "or the extractor"
             )
         return files
-    chosen = folder / "selection.json"
-    if not chosen.is_file():
-        raise RunFolderError(f"{folder} has no selection.json; choose with opcd select first")
-    if not (folder / "selected.md").is_file():
-        verdict = json.loads(chosen.read_text(encoding="utf-8"))["verdict"]
+    if not folder.selection.is_file():
+        raise RunFolderError(f"{folder.path} has no selection.json; choose with opcd select first")
+    if not folder.selected.is_file():
+        verdict = json.loads(folder.selection.read_text(encoding="utf-8"))["verdict"]
         raise NothingLearnedError(
             f"there is nothing to bake in: {verdict}. Give it more traces (experience.steps), "
             'another extractor or instructions; or bake it unchosen with experience.use = "pool"'
         )
-    return [folder / "selected.md"]
+    return [folder.selected]
 
 
-def check_unchanged(folder: Path, files: Sequence[Path], run: Run) -> None:
+def check_unchanged(folder: RoundFolder, files: Sequence[Path], run: Run) -> None:
     """Refuse to take a run for trained whose experience was another one by then.
 
     Raises:
         RunFolderError: naming what to do.
     """
-    note = folder / "consolidated.json"
+    note = folder.baked_from
     texts = [file.read_text(encoding="utf-8") for file in files]
     if _is_stored_run(run, folder):
-        texts.append((folder / "prefixes.jsonl").read_text(encoding="utf-8"))
+        texts.append(folder.prefixes.read_text(encoding="utf-8"))
     digest = hashlib.sha256("\n\n".join(texts).encode()).hexdigest()
     started = RunFolder(run.out / run.name).config.is_file()
     if started and note.is_file() and json.loads(note.read_text("utf-8"))["sha256"] != digest:
         raise RunFolderError(
-            f"{run.out / run.name} was trained with another experience than {folder} has now; "
+            f"{run.out / run.name} was trained with another experience than {folder.path} has now; "
             f"delete it (and {run.name}-off_policy) to train anew, or give name=... another value"
         )
     write_json(note, {"sha256": digest})
 
 
-def measure_raw(run: Run, number: int, folder: Path, say: Say) -> dict[str, Any] | str:
+def measure_raw(run: Run, number: int, folder: RoundFolder, say: Say) -> dict[str, Any] | str:
     """The model with raw traces in its prompt, on the test rows; or why that cannot be measured."""
-    traces, known = folder / "raw.md", folder / "raw_traces.json"
+    traces, known = folder.raw, folder.raw_traces
     if not traces.is_file() or not traces.read_text(encoding="utf-8").strip():
         return "no raw_traces: not one trace fits the budget of experience.max_tokens"
     if known.is_file():
@@ -238,26 +237,28 @@ def _is_stored(run: Run) -> bool:
     return run.experience is not None and run.experience.train_on == "store"
 
 
-def _is_stored_run(run: Run, folder: Path) -> bool:
+def _is_stored_run(run: Run, folder: RoundFolder) -> bool:
     sources = run.tasks.train if run.tasks else ()
-    return any(getattr(s, "path", None) == (folder / "prefixes.jsonl").resolve() for s in sources)
+    return any(getattr(s, "path", None) == folder.prefixes.resolve() for s in sources)
 
 
-def _on_store(measured: Run, run: Run, folder: Path) -> Run:
+def _on_store(measured: Run, run: Run, folder: RoundFolder) -> Run:
     """The run with the trajectory store's prompts to train on: no environment, and no answers.
 
     Raises:
         TaskError: a stored prompt is a validation or a test row.
     """
     assert run.experience, "asked of a run with experience"
-    store = run.experience.store or folder / "traces.jsonl"
-    rows = saved_prefixes(read_traces(store))
-    file = folder / "prefixes.jsonl"
-    write_prefixes(file, rows)
-    has_rows = run.tasks is not None and bool(run.tasks.validation)
-    tasks: dict[str, Any] = {"train": [{"type": "jsonl", "path": str(file.resolve())}]}
-    if has_rows:
-        tasks["validation"] = run.tasks.model_dump(mode="json")["validation"]
-    else:
-        tasks["validation_share"] = PREFIX_VALIDATION_SHARE
-    return derive(measured, tasks=tasks)
+    rows = saved_prefixes(read_traces(run.experience.store or folder.traces))
+    prefixes = [read_row(row, row["id"], folder.prefixes.name, None) for row in rows]
+    splits = {split: [task for task, _ in found] for split, found in load_rows(run, []).items()}
+    check_leaks({"train": prefixes} | {n: splits.get(n, []) for n in ("validation", "test")})
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    write_text(folder.prefixes, "".join(lines))
+    tasks = run.tasks.model_dump(mode="json") if run.tasks else {}
+    tasks["train"] = [{"type": "jsonl", "path": str(folder.prefixes.resolve())}]
+    tasks["group_by"], tasks["test_share"] = None, 0.0
+    has_rows = bool(tasks.get("validation"))
+    tasks["validation_share"] = 0.0 if has_rows else PREFIX_VALIDATION_SHARE
+    graded = {} if has_rows else {"grader": None}
+    return derive(measured, tasks=tasks, game=None, **graded)
