@@ -60,7 +60,7 @@ def test_a_compressed_context_is_answered_by_the_base_model(
 def test_metrics_come_with_their_intervals() -> None:
     def answers(*marks: float) -> list[Response]:
         given = Answered(PromptPair("x", (1,), (1,)), Rollout("x", (7, 7, 2), True))
-        return [Response(given, f"{m}", Score({"correct": m})) for m in marks]
+        return [Response((given,), f"{m}", Score({"correct": m})) for m in marks]
 
     responses = {"in_context": answers(1, 1, 1, 0), "soft_prompt": answers(1, 1, 0, 0)}
     tokens = {"in_context": 90.0, "soft_prompt": 26.0}

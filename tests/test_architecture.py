@@ -45,10 +45,12 @@ FLOORS = (
         "envs",
         "envs.*",
     ),
-    ("runs", "checkpoint", "tracking", "tally"),
+    ("runs", "checkpoint", "tracking", "tally", "traces"),
     (
         "assembly",
+        "experience",
         "authoring",
+        "drawing",
         "distill",
         "responses",
         "suites",

@@ -21,6 +21,7 @@ def system_path(run: Run) -> Path:
 
 
 def train_paths(run: Run) -> list[Path | str]:
+    assert run.tasks
     sources = run.tasks.train
     return [s.path for s in sources if isinstance(s, inputs.Jsonl | inputs.HubDataset)]
 
@@ -93,7 +94,7 @@ def test_a_split_may_be_a_path_a_table_or_a_list(tmp_path: Path) -> None:
     path = write_run(tmp_path, toml=RUN.replace('"train.jsonl"', mixed))
     run = load_config(path)
     assert train_paths(run) == [tmp_path / "a.jsonl", tmp_path / "b.jsonl", "org/set"]
-    assert [(s.type, s.rows) for s in run.tasks.train] == [
+    assert run.tasks and [(s.type, s.rows) for s in run.tasks.train] == [
         ("jsonl", None),
         ("jsonl", 5),
         ("hf", None),
@@ -261,8 +262,8 @@ def test_a_run_never_changes(tmp_path: Path) -> None:
         ("config.json", "{", r"config\.json: not valid JSON"),
         (
             "run.toml",
-            "steps = 3",
-            r"run\.toml:\n  tasks: Field required",
+            "steps = 3\nsedd = 1",
+            r"run\.toml:\n  sedd: there is no such key",
         ),
     ],
 )

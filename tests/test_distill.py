@@ -1,8 +1,7 @@
 """`opcd.distill`: one step is what the paper's formula says, and it learns."""
 
 import math
-from collections.abc import Iterator, Sequence
-from itertools import chain
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +17,17 @@ from opcd.distill import (
     Answered,
     Trainer,
     accumulate,
-    answer_as_teacher,
     count_rollouts,
     cut_portions,
     distill,
-    draw_pairs,
     loss_at,
-    roll_out,
 )
-from opcd.errors import ConfigError, DivergedError, RolloutError
-from opcd.rollouts.engine import Prompt, Sampling
-from opcd.rollouts.scripted import ScriptedEngine
+from opcd.drawing import roll_out
+from opcd.errors import DivergedError, RolloutError
 from opcd.tally import Tally
 from opcd.training import prepare
 from opcd.types import PromptPair, Rollout
-from tiny import make_run, nudge, parts_of, reverse_kl, scripted
+from tiny import make_run, nudge, parts_of, reverse_kl
 from worlds import tiny_llama, tokenizer
 
 PLAIN = ("optimizer.schedule=constant", "optimizer.warmup_steps=0", "optimizer.lr=0.01")
@@ -78,7 +73,7 @@ def test_one_step_equals_a_step_written_by_hand(
     """Loss, gradient norm and weights after AdamW, with tasks and anchors in it."""
     overrides = (*tuning, f"loss.reduction={reduction}")
     by_hand, _ = started(tmp_path / "hand", tiny_model_path, *overrides)
-    answered = roll_out(by_hand, 0)
+    answered = roll_out(by_hand, 0).answered
     student, teacher, lora = by_hand.student, by_hand.base.model, tuning is LORA
     each = [dense_kl(student, teacher, a, lora) for a in answered]
     per_token = torch.cat(each).mean()
@@ -103,9 +98,9 @@ def test_one_step_equals_a_step_written_by_hand(
 
 def gradients(parts: Parts, tally: Tally) -> dict[str, Tensor]:
     """What a step accumulates before it moves anything."""
-    answered = roll_out(parts, 0)
-    count_rollouts(parts, answered, tally)
-    accumulate(parts, answered, parts.config.loss, tally)
+    rollouts = roll_out(parts, 0)
+    count_rollouts(parts, rollouts, tally)
+    accumulate(parts, rollouts.answered, parts.config.loss, tally)
     found = {name: p.grad for name, p in trainable(parts.student).items()}
     return {name: gradient for name, gradient in found.items() if gradient is not None}
 
@@ -160,7 +155,7 @@ def test_an_anchors_teacher_is_the_base_with_the_same_prompt(
 ) -> None:
     """Whatever the tasks' teacher is: here it moves, and the anchors' KL is still to the base."""
     parts, trainer = started(tmp_path, tiny_model_path, *LORA, 'teacher={type="live"}')
-    anchors = [a for a in roll_out(parts, 0) if a.pair.origin == "anchor"]
+    anchors = [a for a in roll_out(parts, 0).answered if a.pair.origin == "anchor"]
     assert anchors and all(a.pair.student_ids == a.pair.teacher_ids for a in anchors)
     assert all(len(a.rollout.response_ids) <= 4 for a in anchors), "anchor.max_new_tokens"
     wanted = torch.cat([dense_kl(parts.student, parts.student, a, lora=True) for a in anchors])
@@ -175,7 +170,7 @@ def test_context_return_holds_the_student_to_its_base_with_the_context(
     """Both sides see the context, and the base model gives both the answers and the scores."""
     overrides = (*LORA, "anchor.context_return=0.25")
     parts, trainer = started(tmp_path, tiny_model_path, *overrides)
-    answered = roll_out(parts, 0)
+    answered = roll_out(parts, 0).answered
     returned = [a for a in answered if a.pair.origin == "context_return"]
     assert [a.pair.origin for a in answered] == ["context_return", "task", "task", "anchor"]
     by_id = {item.task.id: item.pair for item in parts.items["train"]}
@@ -186,81 +181,6 @@ def test_context_return_holds_the_student_to_its_base_with_the_context(
     metrics = next(distill(parts, trainer)).metrics
     found = metrics["context_return_kl_nats_per_token"]
     assert found == pytest.approx(wanted.mean().item(), rel=1e-3) and found > 1e-3
-
-
-def test_context_return_comes_in_every_so_many_steps(tiny_model_path: Path, tmp_path: Path) -> None:
-    """As many rows on the whole, and the same ones; the other steps have none."""
-
-    def returned(every: int) -> list[list[str]]:
-        keys = ("anchor.context_return=0.25", f"anchor.return_every_steps={every}", "steps=4")
-        parts, _ = started(tmp_path / str(every), tiny_model_path, *LORA, *keys)
-        pairs = [draw_pairs(parts, step)[0] for step in range(4)]
-        return [[p.task_id for p in taught if p.origin == "context_return"] for taught in pairs]
-
-    each, second = returned(1), returned(2)
-    assert [len(ids) for ids in each] == [1, 1, 1, 1]
-    assert [len(ids) for ids in second] == [2, 0, 2, 0]
-    assert [*chain(*each)] == [*chain(*second)]
-
-
-def test_anchors_without_a_system_message_where_only_tasks_should_change(
-    tiny_model_path: Path, tmp_path: Path
-) -> None:
-    """`anchor.scope`: half of them, rounded down."""
-    for scope, bare in (("all_prompts", 0), ("tasks", 1)):
-        keys = (*LORA, f"anchor.scope={scope}", "anchor.share=0.75")
-        parts, _ = started(tmp_path / scope, tiny_model_path, *keys)
-        anchors = [p for p in draw_pairs(parts, 0)[1] if p.origin == "anchor"]
-        texts = [parts.renderer.decode(p.student_ids) for p in anchors]
-        without = [text.startswith("user") for text in texts]
-        assert (len(anchors), without.count(True)) == (3, bare)
-
-
-def test_a_share_of_the_prompts_is_answered_by_their_teachers(
-    tiny_model_path: Path, tmp_path: Path
-) -> None:
-    """Off-policy rows are asked under "base" with the teacher's prompt, the rest as ever."""
-    overrides = (*LORA, "rollout.teacher_fraction=0.67", "anchor.share=0.5")
-    parts, _ = started(tmp_path, tiny_model_path, *overrides)
-    seen: dict[str, tuple[str, tuple[int, ...]]] = {}
-
-    def script(policy: str, prompt: Prompt) -> tuple[int, ...]:
-        seen[prompt.task_id] = (policy, prompt.ids)
-        return scripted(policy, prompt)
-
-    parts.engine = parts.teacher_engine = ScriptedEngine(script)
-    pairs = [answered.pair for answered in roll_out(parts, 0)]
-    policies = [seen[pair.task_id][0] for pair in pairs]
-    asked = [(policy, pair.origin) for policy, pair in zip(policies, pairs, strict=True)]
-    assert asked == [(p, o) for p in ("base", "student") for o in ("task", "anchor")]
-    for pair in pairs:
-        policy, ids = seen[pair.task_id]
-        assert ids == (pair.teacher_ids if policy == "base" else pair.student_ids)
-
-
-def test_a_moving_teacher_cannot_answer(tiny_model_path: Path, tmp_path: Path) -> None:
-    overrides = ('teacher={type="ema"}', "rollout.teacher_fraction=0.5")
-    with pytest.raises(ConfigError, match=r"teacher_fraction = 0.5 .*teacher.type = 'ema'"):
-        make_run(tmp_path, tiny_model_path, *overrides)
-
-
-def test_a_task_drawn_twice_is_answered_twice_by_the_teacher(
-    tiny_model_path: Path, tmp_path: Path
-) -> None:
-    """Its answers for ten steps are made in one call, but each is a draw of its own."""
-    parts, _ = started(tmp_path, tiny_model_path, *LORA, "rollout.teacher_fraction=1.0", "steps=12")
-    asked: list[tuple[str, str]] = []
-    generate = parts.teacher_engine.generate
-
-    def watched(prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        asked.extend((prompt.task_id, prompt.draw) for prompt in prompts)
-        return generate(prompts, sampling)
-
-    parts.teacher_engine.generate = watched  # type: ignore[method-assign]
-    steps = [answer_as_teacher(parts, step) for step in range(12)]
-    assert [len(step) for step in steps] == [4] * 12, "three tasks and an anchor"
-    assert len(set(asked)) == len(asked) == 48 > len({task for task, _ in asked})
-    assert answer_as_teacher(parts, 5)[0].pair == steps[5][0].pair, "whatever step comes first"
 
 
 @pytest.mark.parametrize("teacher", ['{type="adapter_off"}', '{type="frozen"}'])

@@ -130,7 +130,7 @@ PAIR = PromptPair("x", (1,), (1,))
 
 
 def response(text: str, **metrics: float) -> Response:
-    return Response(Answered(PAIR, Rollout("x", (7,), True)), text, Score(metrics))
+    return Response((Answered(PAIR, Rollout("x", (7,), True)),), text, Score(metrics))
 
 
 def test_paired_tests_compare_the_same_rows() -> None:

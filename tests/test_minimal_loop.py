@@ -7,7 +7,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from opcd.distill import accumulate, count_rollouts, roll_out
+from opcd.distill import accumulate, count_rollouts
+from opcd.drawing import roll_out
 from opcd.tally import Tally
 from opcd.training import prepare
 from tiny import make_run, nudge, parts_of
@@ -32,8 +33,9 @@ def test_one_step_has_the_librarys_loss(
     parts = parts_of(make_run(tmp_path, tiny_model_path, *keys))
     nudge(parts.student)
     prepare(parts)
-    answered, tally = roll_out(parts, 0), Tally()
-    count_rollouts(parts, answered, tally)
+    rollouts, tally = roll_out(parts, 0), Tally()
+    count_rollouts(parts, rollouts, tally)
+    answered = rollouts.answered
     accumulate(parts, answered, parts.config.loss, tally)
 
     loop, losses = minimal_loop(), []

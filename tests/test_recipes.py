@@ -48,7 +48,7 @@ def test_every_recipe_can_be_started(path: Path) -> None:
 def test_every_answer_of_a_recipe_can_be_graded(path: Path) -> None:
     """A row whose own answer is no valid response would always count against the model."""
     run, _ = check_run(path)
-    assert run.grader is not None
+    assert run.grader is not None and run.tasks is not None
     grade = build_grader(run.grader)
     for tasks in load_splits(run.tasks, run.seed).values():
         for task in tasks:
@@ -79,6 +79,7 @@ def test_the_rows_of_a_hub_recipe_can_be_graded(name: str, tmp_path: Path) -> No
         "tweet_offensive": [{"text": f"tweet {i}", "label": i % 2} for i in range(40)],
     }
     given, _ = check_run(RECIPES / name / "run.toml")
+    assert given.tasks is not None
     sources = [source for source in given.tasks.train if isinstance(source, Public)]
     assert len(sources) == len(given.tasks.train) > 0
     files = [write_jsonl(tmp_path / f"{s.name}.jsonl", rows[s.name]) for s in sources]
@@ -88,7 +89,7 @@ def test_the_rows_of_a_hub_recipe_can_be_graded(name: str, tmp_path: Path) -> No
     )
     run, facts = check_run(RECIPES / name / "run.toml", [f"tasks.train=[{local}]"])
     assert facts[-1].startswith("tasks: ")
-    assert run.grader is not None
+    assert run.grader is not None and run.tasks is not None
     grade = build_grader(run.grader)
     splits = load_splits(run.tasks, run.seed)
     assert splits.keys() == {"train", "validation", "test"}
@@ -104,6 +105,7 @@ def test_safety_can_be_started_on_real_rows() -> None:
     source = f"{{type='public', name='hatecheck', split='test', path='{file}'}}"
     overrides = [f"tasks.train={source}", "evaluation.select_by=correct_no"]
     run, _ = check_run(RECIPES / "safety" / "run.toml", overrides)
+    assert run.tasks is not None
     for tasks in load_splits(run.tasks, run.seed).values():
         assert {task.answer for task in tasks} == {"yes", "no"}
 

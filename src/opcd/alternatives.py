@@ -106,7 +106,9 @@ def compressed_items(parts: Parts, items: Sequence[Item], compress: Compress) ->
     contexts = [compress_context(load_context(parts.config.context, t), once) for t in tasks]
     pairs = {pair.task_id: pair for pair in render_pairs(parts.renderer, tasks, contexts)[0]}
     # A compressed context is shorter than one that fitted, so no row is dropped.
-    return [Item(task, pairs[task.id]) for task in tasks]
+    return [
+        Item(task, pairs[task.id], context) for task, context in zip(tasks, contexts, strict=True)
+    ]
 
 
 def rows_of_responses(

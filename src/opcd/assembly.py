@@ -13,7 +13,9 @@ from opcd import adapters, models, weights
 from opcd.anchors import AnchorSet, load_anchors
 from opcd.checking import check_select_by, warnings
 from opcd.config import Run, check_files, training
+from opcd.config.inputs import ContextConfig
 from opcd.contexts import load_context, pool_of
+from opcd.envs.games import Opening, openings_of
 from opcd.errors import ConfigError
 from opcd.graders import Grader, build_grader
 from opcd.rendering import Renderer, common_prefix, render_pairs
@@ -29,12 +31,20 @@ MAX_KEPT_BYTES = 2**28
 """Memory that the hidden states of those answers may take."""
 
 
+Row = tuple[Task, Opening | None]
+"""A task, and its board where it is played."""
+
+
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A task and its two prompts."""
+    """A task and its two prompts: a single answer, or the first turn of a game."""
 
     task: Task
     pair: PromptPair
+    context: Context = field(default_factory=Context)
+    """What its teacher sees besides."""
+    game: Opening | None = None
+    """The board that an episode is played on; `None` where one answer is all."""
 
 
 @dataclass
@@ -46,7 +56,7 @@ class Parts:
     dtype: torch.dtype
     renderer: Renderer
     items: dict[str, list[Item]]
-    """Rendered tasks by split."""
+    """Rendered tasks by split: train, validation, test; and extraction, to gather experience."""
     anchors: AnchorSet
     kept: AnchorSet
     """Anchors that are never trained on."""
@@ -153,30 +163,58 @@ def render_splits(config: Run, renderer: Renderer) -> tuple[dict[str, list[Item]
     """
     items: dict[str, list[Item]] = {}
     notes: list[str] = []
-    problems = config.experience.problems if config.experience else ()
-    for split, rows in load_splits(config.tasks, config.seed, notes, problems).items():
-        tasks, contexts = with_contexts(config, split, rows)
-        pairs, dropped = render_pairs(renderer, tasks, contexts)
-        by_id = {task.id: task for task in tasks}
-        items[split] = [Item(by_id[pair.task_id], pair) for pair in pairs]
+    for split, found in load_rows(config, notes).items():
+        rows, contexts = with_contexts(config.context, split, found)
+        pairs, dropped = render_pairs(renderer, [task for task, _ in rows], contexts)
+        known = {row[0].id: (*row, c) for row, c in zip(rows, contexts, strict=True)}
+        items[split] = [
+            Item(task, pair, context, game)
+            for pair in pairs
+            for task, game, context in [known[pair.task_id]]
+        ]
         if dropped:
             notes.append(
-                f"{split}: {len(dropped)} of {len(tasks)} rows dropped, longer than "
+                f"{split}: {len(dropped)} of {len(rows)} rows dropped, longer than "
                 f"{renderer.max_prompt_tokens} tokens: {', '.join(dropped[:5])} ..."
             )
     return items, notes
 
 
 def with_contexts(
-    config: Run, split: str, tasks: Sequence[Task]
-) -> tuple[list[Task], list[Context]]:
+    config: ContextConfig, split: str, rows: Sequence[Row]
+) -> tuple[list[Row], list[Context]]:
     """Each row with its context; a train row once with every context of a pool."""
-    pool = pool_of(config.context) if split == "train" else []
+    pool = pool_of(config) if split == "train" else []
     if not pool:
-        return list(tasks), [load_context(config.context, task) for task in tasks]
-    product = [(task, number) for task in tasks for number in range(len(pool))]
-    named = [replace(task, id=f"{task.id}/lessons-{number}") for task, number in product]
+        return list(rows), [load_context(config, task) for task, _ in rows]
+    product = [(row, number) for row in rows for number in range(len(pool))]
+    named = [(replace(t, id=f"{t.id}/lessons-{number}"), game) for (t, game), number in product]
     return named, [pool[number] for _, number in product]
+
+
+def load_rows(config: Run, notes: list[str]) -> dict[str, list[Row]]:
+    """What is asked in each split: the rows of files, or the boards of a game."""
+    if config.game:
+        return {
+            split: [(opening.task(id_), opening) for id_, opening in openings.items()]
+            for split, openings in openings_of(config.game).items()
+        }
+    assert config.tasks, "a run has tasks or a game"
+    problems = config.experience.problems if config.experience else ()
+    splits = load_splits(config.tasks, config.seed, notes, problems)
+    return {split: [(task, None) for task in tasks] for split, tasks in splits.items()}
+
+
+def with_context(parts: Parts, items: Sequence[Item], context: Context) -> list[Item]:
+    """The same tasks with another context.
+
+    Raises:
+        OverLongError: a prompt does not fit; none is dropped, so that contexts can be compared.
+    """
+    return [
+        Item(item.task, parts.renderer.pair(item.task, context), context, item.game)
+        for item in items
+    ]
 
 
 def _load_student(config: Run, device: torch.device, dtype: torch.dtype) -> Any:

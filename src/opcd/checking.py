@@ -5,8 +5,10 @@ from pathlib import Path
 
 from opcd.anchors import load_anchors
 from opcd.config import Run, check_files, load_config
-from opcd.config.inputs import HubDataset, Lessons, Public, Source
+from opcd.config.games import GameConfig
+from opcd.config.inputs import ContextConfig, HubDataset, Lessons, Public, Source
 from opcd.contexts import load_context
+from opcd.envs.games import openings_of
 from opcd.errors import ConfigError
 from opcd.graders import Grader, build_grader
 from opcd.public_sets import find_set
@@ -31,6 +33,9 @@ def check_run(path: Path, overrides: Sequence[str] = ()) -> tuple[Run, list[str]
         f"{len(test_anchors.systems)} x {len(test_anchors.prompts)} to test on",
         *warnings(run),
     ]
+    if run.game:
+        return run, [*facts, boards_fact(run.game, run.context)]
+    assert run.tasks, "a run has tasks or a game"
     problems = run.experience.problems if run.experience else ()
     sources = (*run.tasks.train, *run.tasks.validation, *run.tasks.test, *problems)
     if any([_is_far(source) for source in sources]):
@@ -81,6 +86,19 @@ def check_select_by(run: Run, grader: Grader | None, validation: Sequence[Task])
         )
 
 
+def boards_fact(game: GameConfig, context: ContextConfig) -> str:
+    """How many boards each split has, once each could be written and given the context.
+
+    Raises:
+        InputError: there are too few, the game's package is missing, or a context is wrong.
+    """
+    boards = openings_of(game)
+    for openings in boards.values():
+        for id_, opening in openings.items():
+            load_context(context, opening.task(id_))
+    return f"{game.type}: " + ", ".join(f"{len(found)} {s}" for s, found in boards.items())
+
+
 def _is_far(source: Source) -> bool:
     """Whether rows come from a hub; what can be said of those without it, is checked."""
     if isinstance(source, Public) and source.path is None:
@@ -107,6 +125,6 @@ def warnings(run: Run) -> list[str]:
             "warning: classic off-policy distillation takes loss.direction = 'forward_kl'; on the "
             "teacher's own responses another direction has no such reading"
         )
-    if "validation" not in run.tasks.model_fields_set and not run.tasks.validation_share:
+    if not run.has_validation:
         found.append("warning: no validation split, so the last step is kept instead of the best")
     return found

@@ -208,10 +208,10 @@ def search(run: Run, rates: Sequence[float], say: Say) -> dict[str, Any]:
         ConfigError: the run has no validation split to choose on; nothing was trained.
         RunFolderError: a folder holds a run with other values.
     """
-    if not run.tasks.validation and not run.tasks.validation_share:
+    if not run.has_validation:
         raise ConfigError(
             f"{run.name} has no validation split, so no learning rate can be chosen; add "
-            "tasks.validation or tasks.validation_share"
+            "tasks.validation or tasks.validation_share, or boards in game.boards.validation"
         )
     rows: list[dict[str, Any]] = []
     for rate in rates:

@@ -21,7 +21,7 @@ from opcd.costs import (
     prompt_figures,
     training_rows,
 )
-from opcd.distill import draw_pairs
+from opcd.drawing import draw_pairs
 from opcd.errors import RunFolderError
 from opcd.models import why_no_prefix
 from opcd.prefix_cache import read_prefix

@@ -2,14 +2,14 @@
 
     L = E_{x ~ tasks, y ~ student(.|x)}  1/|y| sum_t D( student(.|x, y<t), teacher(.|c, x, y<t) )
 
-One step: draw tasks and anchors; the student answers them without the context; the teacher, who
-sees it, scores those very tokens; one optimiser step towards the teacher.
+One step: draw tasks and anchors; the student answers them without the context (`drawing`); the
+teacher, who sees it, scores those very tokens; one optimiser step towards the teacher.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, get_args
 
@@ -17,17 +17,15 @@ import torch
 from torch import Tensor
 
 from opcd.adapters import trainable
-from opcd.assembly import AHEAD_STEPS, Item, Parts
+from opcd.assembly import Parts
 from opcd.batching import Batch, collate
-from opcd.config import Run
 from opcd.config.training import Direction, Loss
 from opcd.divergence import TokenStats
+from opcd.drawing import Rollouts, roll_out
 from opcd.errors import DivergedError, RolloutError
-from opcd.rollouts.engine import Prompt, RolloutEngine, Sampling
 from opcd.tally import Tally, peak_bytes, release_memory
-from opcd.tasks import draw
 from opcd.teachers import LocalTeacher
-from opcd.types import Answered, Origin, PromptPair
+from opcd.types import Answered, Origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +60,9 @@ def distill(parts: Parts, trainer: Trainer) -> Iterator[StepReport]:
         tally = Tally()
         with tally.timed("wall_s"):
             with tally.timed("rollout_s"):
-                answered = roll_out(parts, trainer.step)
-            count_rollouts(parts, answered, tally)
+                rollouts = roll_out(parts, trainer.step)
+            count_rollouts(parts, rollouts, tally)
+            answered = rollouts.answered
             loss = loss_at(parts.config.loss, trainer.step)
             accumulate(parts, answered, loss, tally)
             with tally.timed("train_s"):
@@ -72,130 +71,31 @@ def distill(parts: Parts, trainer: Trainer) -> Iterator[StepReport]:
         yield StepReport(summarise(trainer, tally, loss.direction, lr), answered)
 
 
-def roll_out(parts: Parts, step: int) -> list[Answered]:
-    """Draw this process's tasks and anchors of a step, and have them answered.
-
-    The first `teacher_fraction` of each is answered by their teachers (off-policy), the rest by
-    the student.
-    """
-    answered = answer_as_teacher(parts, step)
-    _, asked = draw_pairs(parts, step)
-    if not asked:
-        return answered
-    config = parts.config
-    parts.engine.use("student", step)
-    sampling = Sampling(config.rollout.temperature, config.rollout.top_p, f"{config.seed}/{step}")
-    return answered + answer(config, parts.engine, asked, sampling)
-
-
-def draw_pairs(parts: Parts, step: int) -> tuple[list[PromptPair], list[PromptPair]]:
-    """This process's prompts of a step: those that their teachers answer, and the student's."""
-    config, fraction = parts.config, teacher_fraction_at(parts.config, step)
-    tasks = draw(parts.items["train"], config.tasks_per_step, step, config.seed)
-    bare = config.bare_anchors_per_step
-    anchors = parts.anchors.draw(config.anchors_per_step, f"{config.seed}/{step}", bare)
-    # What the base says with the context is what is to be kept, so it gives the answers as well.
-    taught = [with_context_on_both_sides(i.pair) for i in draw_returned(parts, step)]
-    asked: list[PromptPair] = []
-    for pairs in (
-        [item.pair for item in tasks[parts.own_share]],
-        parts.render_anchors(anchors[parts.own_share]),
-    ):
-        cut = round(len(pairs) * fraction)
-        taught += pairs[:cut]
-        asked += pairs[cut:]
-    return taught, asked
-
-
-def draw_returned(parts: Parts, step: int) -> list[Item]:
-    """This process's tasks of a step that are given with the context."""
-    config = parts.config
-    turn, waits = divmod(step, config.anchor.return_every_steps)
-    if waits:
-        return []
-    count = config.returns_per_step * config.anchor.return_every_steps
-    return draw(parts.items["train"], count, turn, config.seed + 1)[parts.own_share]
-
-
-def with_context_on_both_sides(pair: PromptPair) -> PromptPair:
-    """A task whose student sees the context too, and should answer as its base would."""
-    ids = pair.teacher_ids
-    return PromptPair(f"{pair.task_id}/context_return", ids, ids, "context_return")
-
-
-def answer_as_teacher(parts: Parts, step: int) -> list[Answered]:
-    """The prompts of a step that their teachers answer, with the responses.
-
-    Those teachers stand still, so they answer the prompts of `AHEAD_STEPS` steps at a time: many
-    rows cost little more than few. Where the windows begin does not depend on where a run was
-    resumed.
-    """
-    config = parts.config
-    if step not in parts.ahead:
-        start = step - step % AHEAD_STEPS
-        steps = range(start, min(start + AHEAD_STEPS, config.steps))
-        parts.ahead = {s: [] for s in steps}
-        taught = [(s, pair) for s in steps for pair in draw_pairs(parts, s)[0]]
-        sampling = Sampling(config.rollout.temperature, config.rollout.top_p, str(config.seed))
-        engines: dict[Origin, RolloutEngine] = dict.fromkeys(get_args(Origin), parts.engine)
-        engines["task"] = parts.teacher_engine
-        groups: dict[tuple[int, bool], list[tuple[int, PromptPair]]] = {}
-        for s, pair in taught:
-            # Anchors apart: all other prompts begin with the context, which is then read once.
-            key = id(engines[pair.origin]), pair.origin == "anchor"
-            groups.setdefault(key, []).append((s, pair))
-        for mine in groups.values():
-            engine = engines[mine[0][1].origin]
-            engine.use("base", 0)
-            prompts = [
-                replace(prompt_of(config, pair, True, f"/{s}"), keep_hidden=parts.keeps_hidden)
-                for s, pair in mine
-            ]
-            for (s, pair), rollout in zip(mine, engine.generate(prompts, sampling), strict=True):
-                parts.ahead[s].append(Answered(pair, rollout))
-    return parts.ahead[step]
-
-
-def answer(
-    config: Run,
-    engine: RolloutEngine,
-    pairs: Sequence[PromptPair],
-    sampling: Sampling,
-    with_context: bool = False,
-    max_new_tokens: int | None = None,
-) -> list[Answered]:
-    """Each pair with a response to its student prompt, or to its teacher prompt.
-
-    As long as the run lets it be, unless `max_new_tokens` says otherwise.
-    """
-    prompts = [prompt_of(config, pair, with_context) for pair in pairs]
-    if max_new_tokens:
-        prompts = [replace(prompt, max_new_tokens=max_new_tokens) for prompt in prompts]
-    rollouts = engine.generate(prompts, sampling)
-    return [Answered(pair, rollout) for pair, rollout in zip(pairs, rollouts, strict=True)]
-
-
-def prompt_of(config: Run, pair: PromptPair, with_context: bool, draw: str = "") -> Prompt:
-    """What an engine is asked: one side of a pair, and how long the response may be."""
-    of_anchors = pair.origin == "anchor"
-    most = config.anchor.max_new_tokens if of_anchors else config.rollout.max_new_tokens
-    ids = pair.teacher_ids if with_context else pair.student_ids
-    return Prompt(pair.task_id, ids, most, draw)
-
-
-def count_rollouts(parts: Parts, answered: Sequence[Answered], tally: Tally) -> None:
-    """Count tokens and cut responses of the tasks.
+def count_rollouts(parts: Parts, rollouts: Rollouts, tally: Tally) -> None:
+    """Count tokens and cut responses of the tasks, and how games went.
 
     Raises:
-        RolloutError: more were cut than `rollout.max_truncated_fraction`.
+        RolloutError: more were cut than `rollout.max_truncated_fraction`, or no prompt fitted.
     """
+    answered, played = rollouts.answered, rollouts.played
     tasks = [a.rollout for a in answered if a.pair.origin == "task"]
+    tally.add("episodes", len(played.episodes) + len(played.dropped))
+    tally.add("dropped_episodes", len(played.dropped))
+    tally.add("solved", sum(episode.outcome for episode in played.episodes))
+    tally.add("invalid_moves", sum(episode.invalid_moves for episode in played.episodes))
+    tally.add("processes_without_samples", not answered)
     tally.add("sequences", len(answered))
     tally.add("tasks", len(tasks))
     tally.add("truncated", sum(not rollout.finished for rollout in tasks))
     tally.add("response_tokens", sum(len(rollout.response_ids) for rollout in tasks))
     tally.add("tokens", sum(len(a.rollout.response_ids) for a in answered))
     tally.gather(parts.accelerator)
+    if tally.sums["processes_without_samples"]:
+        raise RolloutError(
+            f"{tally.sums['dropped_episodes']:.0f} of a step's {tally.sums['episodes']:.0f} "
+            "episodes were dropped, since their prompts did not fit, and a process has nothing "
+            "left to train on; lower game.turns or raise rendering.max_prompt_tokens"
+        )
     allowed = parts.config.rollout.max_truncated_fraction
     if (found := tally.mean("truncated", "tasks")) > allowed:
         raise RolloutError(
@@ -203,14 +103,6 @@ def count_rollouts(parts: Parts, answered: Sequence[Answered], tally: Tally) -> 
             f"{parts.config.rollout.max_new_tokens} tokens, but at most {allowed:.0%} are allowed; "
             "raise rollout.max_new_tokens or rollout.max_truncated_fraction"
         )
-
-
-def teacher_fraction_at(config: Run, step: int) -> float:
-    """The share of a step's prompts that their teachers answer."""
-    warmup = config.loss.warmup
-    if warmup is None or step >= warmup.steps or warmup.teacher_fraction is None:
-        return config.rollout.teacher_fraction
-    return warmup.teacher_fraction
 
 
 def loss_at(loss: Loss, step: int) -> Loss:
@@ -248,10 +140,11 @@ def accumulate(parts: Parts, answered: Sequence[Answered], loss: Loss, tally: Ta
 
 def batch_of(parts: Parts, portion: Sequence[Answered]) -> tuple[LocalTeacher, Batch]:
     """Who scores a portion of one origin, and its batch, without what that teacher has read."""
-    origin = portion[0].pair.origin
-    teacher = parts.teacher if origin == "task" else parts.base
-    # The context opens all prompts but those of anchors.
-    prefix_tokens = teacher.prefix_tokens if origin != "anchor" else 0
+    teacher = parts.teacher if portion[0].pair.origin == "task" else parts.base
+    # The run's context opens all prompts but those of anchors, and of items given another one.
+    known = teacher.prefix.ids if teacher.prefix else ()
+    shared = all(a.pair.teacher_ids[: len(known)] == known for a in portion)
+    prefix_tokens = teacher.prefix_tokens if shared else 0
     batch = collate([a.pair for a in portion], [a.rollout for a in portion], prefix_tokens)
     return teacher, batch.to(parts.accelerator.device)
 
@@ -324,6 +217,16 @@ def add_stats(tally: Tally, stats: TokenStats, origin: str) -> None:
         tally.add("teacher_mass", stats.teacher_mass_T.sum().item())
 
 
+def games_row(tally: Tally) -> dict[str, Any]:
+    """How the games of a step went; `outcome` is the share of episodes that were solved."""
+    counts = ("episodes", "dropped_episodes", "invalid_moves")
+    return {
+        **{name: int(tally.sums[name]) for name in counts},
+        "turns": int(tally.sums["tasks"]),
+        "outcome": tally.mean("solved", "episodes"),
+    }
+
+
 def summarise(trainer: Trainer, tally: Tally, direction: Direction, lr: float) -> dict[str, Any]:
     """One row of `metrics.jsonl`; `step` counts from 0."""
     return {
@@ -341,6 +244,7 @@ def summarise(trainer: Trainer, tally: Tally, direction: Direction, lr: float) -
         "response_tokens": int(tally.sums["response_tokens"]),
         "tokens_per_response": tally.mean("response_tokens", "tasks"),
         "truncated_fraction": tally.mean("truncated", "tasks"),
+        **(games_row(tally) if tally.sums["episodes"] else {}),
         "student_entropy_nats": tally.mean("entropy_nats", "kl_tokens"),
         "student_mass_in_support": tally.mean("student_mass", "kl_tokens"),
         "teacher_mass_in_support": tally.mean("teacher_mass", "kl_tokens"),

@@ -16,6 +16,7 @@ from opcd.responses import (
     Response,
     by_metric,
     mean,
+    nats_by_response,
     nats_by_row,
     respond,
     rows_of,
@@ -71,7 +72,7 @@ def validate(parts: Parts, step: int) -> dict[str, float]:
     values = by_metric(responses)
     metrics = {name: mean(found) for name, found in values.items()}
     counts = {f"rows_{n}": len(found) for n, found in values.items() if len(found) < len(items)}
-    answered = [r.answered for r in responses]
+    answered = [turn for r in responses for turn in r.turns]
     kl_nats = [kl for _, stats in score(parts, answered, Loss()) for kl in stats.kl_T.tolist()]
     scores = {**metrics, **counts, "kl_nats_per_token": mean(kl_nats)}
     return {"step": step, "rows": len(items), **scores}
@@ -81,8 +82,10 @@ def distances(parts: Parts, responses: Mapping[str, Sequence[Response]]) -> dict
     """KL to the teacher along each model's own first answers: nats a token, mean of each one."""
     found: dict[str, list[float]] = {}
     for condition, scored in (("base", score_base), ("baked", score)):
-        answered = [r.answered for r in responses[condition][: parts.config.evaluation.suite_rows]]
-        found[condition] = [mean(row) for _, row in nats_by_row(scored(parts, answered, Loss()))]
+        rows = responses[condition][: parts.config.evaluation.suite_rows]
+        answered = [turn for r in rows for turn in r.turns]
+        nats = nats_by_response(rows, scored(parts, answered, Loss()))
+        found[condition] = [mean(row) for row in nats.values()]
     return found
 
 
@@ -91,10 +94,12 @@ def token_kl(
 ) -> list[dict[str, Any]]:
     """What the context changes at each token of the first answers that were given with it.
 
+    Of a game, its first turn.
+
     KL(with the context || without it), in nats, of the base model and of the baked one: the
     first is what there is to bake in, the second what is left of it.
     """
-    answered = [r.answered for r in responses[:TOKEN_ROWS]]
+    answered = [r.turns[0] for r in responses[:TOKEN_ROWS]]
     found: dict[str, dict[str, Any]] = {}
     for name, scored in (("base", score_base), ("baked", score)):
         scores = scored(parts, answered, Loss(direction="forward_kl"))
@@ -115,18 +120,19 @@ def task_suite(
 ) -> dict[str, Any]:
     """Each condition's metrics, agreement with `in_context`, length and KL to the teacher.
 
-    A metric that only some rows have, that of a class, is estimated from those rows.
+    A metric that only some rows have, that of a class, is estimated from those rows. Lengths and
+    the share of cut responses of a game are means over its turns.
     """
     suite: dict[str, Any] = {}
     reference = responses["in_context"]
     for condition, rows in responses.items():
         metrics = by_metric(rows)
         metrics["agreement"] = [
-            float(r.text == other.text) for r, other in zip(rows, reference, strict=True)
+            float(r.agrees(other)) for r, other in zip(rows, reference, strict=True)
         ]
-        rollouts = [r.answered.rollout for r in rows]
-        metrics["response_tokens"] = [float(len(r.response_ids)) for r in rollouts]
-        metrics["truncated"] = [float(not r.finished) for r in rollouts]
+        rollouts = [[turn.rollout for turn in r.turns] for r in rows]
+        metrics["response_tokens"] = [mean([len(t.response_ids) for t in r]) for r in rollouts]
+        metrics["truncated"] = [mean([float(not t.finished) for t in r]) for r in rollouts]
         if condition in kl_nats:
             metrics["kl_nats_per_token"] = list(kl_nats[condition])
         suite[condition] = {name: estimate(v).as_json() for name, v in metrics.items()}
@@ -162,4 +168,6 @@ def _answer_row(
     for condition, rows in responses.items():
         found = rows[index]
         row[condition] = {"text": found.text, "note": found.score.note, **found.score.metrics}
+        if item.game:
+            row[condition]["feedback"] = found.feedback
     return row

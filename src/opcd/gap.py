@@ -15,7 +15,7 @@ from opcd.responses import (
     Response,
     by_metric,
     mean,
-    nats_by_row,
+    nats_by_response,
     respond,
     rows_of,
     score_base,
@@ -40,9 +40,9 @@ def measure_gap(parts: Parts) -> dict[str, Any]:
     """
     items = rows_of(parts, "validation", parts.config.evaluation.validation_rows)
     base, in_context = (respond(parts, items, c) for c in ("base", "in_context"))
-    answered = [r.answered for r in in_context]
+    answered = [turn for r in in_context for turn in r.turns]
     scored = score_base(parts, answered, Loss(direction="forward_kl"))
-    kl_nats = [row for _, row in nats_by_row(scored)]
+    kl_nats = list(nats_by_response(in_context, scored).values())
     least = {a.pair.task_id: min(row) for a, row in teacher_margins(parts, answered)}
     margins = sorted(least.values())
     return {
@@ -50,7 +50,7 @@ def measure_gap(parts: Parts) -> dict[str, Any]:
         "rows": len(items),
         "context_type": parts.config.context.type,
         "context_tokens": parts.context_tokens,
-        "selected_by": parts.config.evaluation.select_by if parts.grader else None,
+        "selected_by": parts.config.evaluation.select_by if parts.config.is_graded else None,
         "metrics": compare_metrics(base, in_context),
         "kl_nats_per_token": estimate([mean(row) for row in kl_nats]).as_json(),
         "kl_nats_per_response": estimate([sum(row) for row in kl_nats]).as_json(),

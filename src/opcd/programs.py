@@ -84,8 +84,9 @@ def sample_run(path: Path, prompt: str) -> dict[str, str]:
     _, parts, _ = open_baked(path)
     parts.grader = None
     task = Task("sample", (Message("user", prompt),))
-    pair = parts.renderer.pair(task, context_for(parts, task))
-    return {c: respond(parts, [Item(task, pair)], c)[0].text for c in CONDITIONS}
+    context = context_for(parts, task)
+    item = Item(task, parts.renderer.pair(task, context), context)
+    return {c: respond(parts, [item], c)[0].text for c in CONDITIONS}
 
 
 def context_for(parts: Parts, task: Task) -> Context:

@@ -8,8 +8,10 @@ import torch
 from opcd.assembly import Item, Parts
 from opcd.chunking import chunked_stats
 from opcd.config.training import Loss
-from opcd.distill import answer, batch_of, cut_portions
+from opcd.distill import batch_of, cut_portions
 from opcd.divergence import TokenStats
+from opcd.drawing import answer, name_episodes, play, turns_of
+from opcd.envs.episodes import Episode
 from opcd.errors import TaskError
 from opcd.rollouts.engine import Policy, Sampling
 from opcd.types import Answered, Condition, PromptPair, Score
@@ -25,11 +27,27 @@ ASKED: dict[Condition, tuple[Policy, bool]] = {
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """One graded response."""
+    """One graded response: an answer, or a game that was played to its end."""
 
-    answered: Answered
+    turns: tuple[Answered, ...]
+    """Every prompt with its response; one for a single answer."""
     text: str
+    """The last response."""
     score: Score
+    feedback: str = ""
+    """What a game said at the end, and its last board."""
+
+    @property
+    def answered(self) -> Answered:
+        """The last prompt with its response."""
+        return self.turns[-1]
+
+    def agrees(self, other: "Response") -> bool:
+        """Whether both say the same, at every turn."""
+        earlier, others = (
+            [turn.rollout.response_ids for turn in one.turns[:-1]] for one in (self, other)
+        )
+        return self.text == other.text and earlier == others
 
 
 def rows_of(parts: Parts, split: str, limit: int | None) -> list[Item]:
@@ -40,8 +58,12 @@ def rows_of(parts: Parts, split: str, limit: int | None) -> list[Item]:
     """
     if split not in parts.items:
         raise TaskError(
-            f"the run has no {split} split, only {sorted(parts.items)}; add tasks.{split}, or "
-            f"tasks.{split}_share to take it from the train rows"
+            f"the run has no {split} split, only {sorted(parts.items)}; "
+            + (
+                f"raise game.boards.{split}"
+                if parts.config.game
+                else f"add tasks.{split}, or tasks.{split}_share to take it from the train rows"
+            )
         )
     return parts.items[split][:limit]
 
@@ -60,21 +82,63 @@ def ask(
     return answer(parts.config, parts.engine, pairs, sampling, with_context, max_new_tokens)
 
 
-def respond(parts: Parts, items: Sequence[Item], condition: Condition) -> list[Response]:
-    """One graded response to each task under a condition, drawn as the run says."""
+def respond(
+    parts: Parts,
+    items: Sequence[Item],
+    condition: Condition,
+    seed: str = "",
+    temperature: float | None = None,
+) -> list[Response]:
+    """One graded response to each task under a condition, drawn as the run says.
+
+    Args:
+        parts: the run.
+        items: what to answer or to play.
+        condition: whose weights answer, and whether they see the items' context.
+        seed: tells repeated draws apart.
+        temperature: instead of `evaluation.temperature`.
+    """
     config = parts.config
-    sampling = Sampling(
-        config.evaluation.temperature, config.rollout.top_p, f"{config.seed}/{condition}"
-    )
+    drawn = "/".join(part for part in (str(config.seed), condition, seed) if part)
+    if temperature is None:
+        temperature = config.evaluation.temperature
+    sampling = Sampling(temperature, config.rollout.top_p, drawn)
+    if config.game and all(item.game for item in items):
+        return _play(parts, items, condition, sampling, f"{config.seed}/{seed}")
     answered = ask(parts, [item.pair for item in items], condition, sampling)
     return [grade(parts, item, a) for item, a in zip(items, answered, strict=True)]
+
+
+def _play(
+    parts: Parts, items: Sequence[Item], condition: Condition, sampling: Sampling, slips: str
+) -> list[Response]:
+    """A game on each item's board; on slippery ice, steps slip alike under all conditions."""
+    policy, with_context = ASKED[condition]
+    parts.engine.use(policy, parts.config.steps + 1)
+    named = name_episodes(items)
+    side = "teacher" if with_context else "student"
+    played = play(parts, parts.engine, named, sampling, side, slips)
+    found = {episode.id: episode for episode in (*played.episodes, *played.dropped)}
+    return [_judge(parts, found[id_]) for id_ in named]
+
+
+def _judge(parts: Parts, episode: Episode) -> Response:
+    """An episode as a response; one whose prompts did not fit any longer is not solved."""
+    turns = tuple(turns_of([episode]))
+    counts = {"turns": float(len(turns)), "invalid_moves": float(episode.invalid_moves)}
+    return Response(
+        turns,
+        parts.renderer.decode(turns[-1].rollout.response_ids),
+        Score({"correct": episode.outcome, **counts}, note=episode.ending.kind),
+        episode.feedback,
+    )
 
 
 def grade(parts: Parts, item: Item, answered: Answered) -> Response:
     """A response as text, with what the grader says of it."""
     text = parts.renderer.decode(answered.rollout.response_ids)
     score = parts.grader(item.task, text) if parts.grader else Score()
-    return Response(answered, text, score)
+    return Response((answered,), text, score)
 
 
 @torch.no_grad()
@@ -128,6 +192,17 @@ def nats_by_row(
     """Each response of `score` or `score_base`, with the divergence at each of its tokens."""
     for portion, stats in scored:
         yield from zip(portion, by_row(stats.divergence_T, portion), strict=True)
+
+
+def nats_by_response(
+    responses: Sequence[Response], scored: Iterable[tuple[list[Answered], TokenStats]]
+) -> dict[int, list[float]]:
+    """The divergence at each token of each response, by its place; a game's turns are joined."""
+    places = {turn.pair.task_id: i for i, one in enumerate(responses) for turn in one.turns}
+    found: dict[int, list[float]] = {}
+    for answered, nats in nats_by_row(scored):
+        found.setdefault(places[answered.pair.task_id], []).extend(nats)
+    return found
 
 
 def by_row(values_T: torch.Tensor, portion: Sequence[Answered]) -> list[list[float]]:

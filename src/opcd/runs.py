@@ -15,6 +15,17 @@ runs/NAME/
   comparison.json    the same rows beside those of other ways to train
   costs.json         what the context costs a request, what training cost
   harness.json       public benchmarks by lm-eval: the base model and the baked one
+  experience.json    what experience gained, over all conditions and rounds
+  experience/        what was gathered, a folder for each round:
+    round-N/settings.json            what its traces and items depend on
+    round-N/traces.jsonl             the trajectory store: one object a trace
+    round-N/seed-K/answers.jsonl     what the extractor wrote of each trace
+    round-N/seed-K/items.jsonl       every item with where it comes from and what became of it
+    round-N/seed-K/experience-M.md   the experience after M traces
+    round-N/raw.md                   traces themselves as a context
+    round-N/selection.json           candidates with their scores
+    round-N/growth.svg               score against number of items
+    round-N/selected.md              the experience that was chosen; absent where none is best
 """
 
 import json
@@ -105,6 +116,79 @@ class RunFolder:
     def harness(self) -> Path:
         """Public benchmarks by lm-eval."""
         return self.path / "harness.json"
+
+    @property
+    def experience(self) -> Path:
+        """What experience gained, over all conditions and rounds."""
+        return self.path / "experience.json"
+
+
+@dataclass(frozen=True, slots=True)
+class RoundFolder:
+    """Paths of one round of gathering experience."""
+
+    path: Path
+
+    @property
+    def settings(self) -> Path:
+        """What its traces and items depend on."""
+        return self.path / "settings.json"
+
+    @property
+    def traces(self) -> Path:
+        """The trajectory store, where the run names no other."""
+        return self.path / "traces.jsonl"
+
+    @property
+    def raw(self) -> Path:
+        """Traces themselves as a context."""
+        return self.path / "raw.md"
+
+    @property
+    def selection(self) -> Path:
+        """Candidates with their scores."""
+        return self.path / "selection.json"
+
+    @property
+    def growth(self) -> Path:
+        """Score against number of items."""
+        return self.path / "growth.svg"
+
+    @property
+    def selected(self) -> Path:
+        """The experience that was chosen."""
+        return self.path / "selected.md"
+
+    def seed(self, seed: int) -> Path:
+        """The folder of one accumulation."""
+        return self.path / f"seed-{seed}"
+
+    def answers(self, seed: int) -> Path:
+        """What the extractor wrote of each trace."""
+        return self.seed(seed) / "answers.jsonl"
+
+    def items(self, seed: int) -> Path:
+        """Every item, with where it comes from and what became of it."""
+        return self.seed(seed) / "items.jsonl"
+
+    def experience(self, seed: int, traces: int) -> Path:
+        """The experience after so many traces; after none it is empty."""
+        return self.seed(seed) / f"experience-{traces:03d}.md"
+
+    def experiences(self, seed: int) -> list[Path]:
+        """All of one accumulation, the empty one first."""
+        return sorted(self.seed(seed).glob("experience-*.md"), key=lambda path: int(path.stem[11:]))
+
+
+def round_folder(config: Run, number: int = 1) -> RoundFolder:
+    """The folder of a round, the first being 1; it is made if it is not there.
+
+    Raises:
+        RunFolderError: a file is in the run folder's place.
+    """
+    folder = RoundFolder(make_folder(config).path / "experience" / f"round-{number}")
+    folder.path.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def create_run(config: Run, overwrite: bool = False) -> RunFolder:
@@ -202,6 +286,22 @@ def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
             stream.write(json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def mend_jsonl(path: Path) -> None:
+    """Make a file fit to be appended to: a last line that a crash cut off is dropped.
+
+    One that is whole and only lacks its line end, as people's files do, gets it.
+    """
+    if not path.is_file():
+        return
+    content = path.read_bytes()
+    last = content.rpartition(b"\n")[2]
+    if last.strip() and not _is_json(last):
+        os.truncate(path, len(content) - len(last))
+    elif last:
+        with path.open("ab") as stream:
+            stream.write(b"\n")
+
+
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a file; a last line that was cut off by a crash is left out."""
     if not path.is_file():
@@ -221,6 +321,14 @@ def _folder_of(config: Run) -> RunFolder:
     if folder.path.is_file():
         raise RunFolderError(f"{folder.path} is a file; give name=... another value")
     return folder
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_nonfinite(value: Any) -> bool:

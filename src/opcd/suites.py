@@ -124,7 +124,7 @@ def context_return(parts: Parts, items: Sequence[Item], before: Sequence[Respons
     ):
         metrics = by_metric(rows)
         metrics["agreement"] = [
-            float(r.text == other.text) for r, other in zip(rows, before, strict=True)
+            float(r.agrees(other)) for r, other in zip(rows, before, strict=True)
         ]
         suite[condition] = {name: estimate(values).as_json() for name, values in metrics.items()}
     return suite

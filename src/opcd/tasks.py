@@ -105,11 +105,38 @@ def read_row(row: Mapping[str, Any], task_id: str, where: str, group_by: str | N
         raise TaskError(f"{where}: context is a {type(context).__name__}; it must be a text")
     return Task(
         id=task_id if row.get("id") is None else str(row["id"]),
-        messages=_read_messages(row["prompt"], where),
+        messages=read_messages(row["prompt"], where),
         answer=row.get("answer"),
         context=context,
         group=f"{group_by}={row[group_by]}" if group_by else None,
     )
+
+
+def read_messages(prompt: Any, where: str) -> tuple[Message, ...]:
+    """A text or a conversation as messages.
+
+    Raises:
+        TaskError: it is neither, or a conversation that does not end with the user.
+    """
+    if isinstance(prompt, str):
+        return (Message("user", prompt),)
+    try:
+        messages = tuple(Message(turn["role"], turn["content"]) for turn in prompt)
+        if not all(isinstance(message.content, str) for message in messages):
+            raise TypeError("a turn's content is no text")
+        if not messages[-1].content.strip():
+            raise TypeError("the last turn is blank")
+    except (TypeError, KeyError) as error:
+        raise TaskError(
+            f'{where}: prompt is neither a text nor a list of {{"role", "content"}} turns ({error})'
+        ) from error
+    roles = [message.role for message in messages]
+    if set(roles) - set(get_args(Role)) or "system" in roles[1:] or roles[-1] != "user":
+        raise TaskError(
+            f"{where}: the turns are {roles}; they must be system (first only), user and "
+            "assistant, and end with the user"
+        )
+    return messages
 
 
 def shuffle(tasks: Sequence[Row], seed: int, epoch: int = 0) -> list[Row]:
@@ -232,28 +259,6 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             if not isinstance(row, dict):
                 raise TaskError(f"{path.name}, line {number}: not a JSON object")
             yield row
-
-
-def _read_messages(prompt: Any, where: str) -> tuple[Message, ...]:
-    if isinstance(prompt, str):
-        return (Message("user", prompt),)
-    try:
-        messages = tuple(Message(turn["role"], turn["content"]) for turn in prompt)
-        if not all(isinstance(message.content, str) for message in messages):
-            raise TypeError("a turn's content is no text")
-        if not messages[-1].content.strip():
-            raise TypeError("the last turn is blank")
-    except (TypeError, KeyError) as error:
-        raise TaskError(
-            f'{where}: prompt is neither a text nor a list of {{"role", "content"}} turns ({error})'
-        ) from error
-    roles = [message.role for message in messages]
-    if set(roles) - set(get_args(Role)) or "system" in roles[1:] or roles[-1] != "user":
-        raise TaskError(
-            f"{where}: the turns are {roles}; they must be system (first only), user and "
-            "assistant, and end with the user"
-        )
-    return messages
 
 
 def _check_ids(tasks: Sequence[Task], split: str) -> None:

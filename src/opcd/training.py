@@ -160,7 +160,9 @@ def choose_best(
     else:
         metrics = validate(parts, done - 1)
         tracker.validated(metrics)
-        name = parts.config.evaluation.select_by if parts.grader else "kl_nats_per_token"
+        name = "kl_nats_per_token"
+        if parts.config.is_graded:
+            name = parts.config.evaluation.select_by
         highest = max(metrics[name], best.get("highest", metrics[name]))
         found = {**metrics, "step": done, "chosen_by": name, "highest": highest}
         if best and not is_better(found, best, name):

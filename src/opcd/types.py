@@ -96,7 +96,7 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What a grader found in one response; every metric is between 0 and 1."""
+    """What a grader or a game found in one response; metrics are between 0 and 1, or counts."""
 
     metrics: Mapping[str, float] = field(default_factory=dict)
     note: str = ""

@@ -17,6 +17,7 @@ from opcd.envs.env import (
     Ending,
     Env,
     Limits,
+    history_text,
     introduce,
     parse_action,
 )
@@ -194,3 +195,10 @@ def test_games_need_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_reply_without_an_action_is_in_the_history_with_its_warning() -> None:
+    text = history_text("Go.", ["at 0", "No action.\nat 0", "at 1"], [None, "up"])
+    assert text == (
+        "Go.\n\nat 0\n\nYour reply had no action.\n\nNo action.\nat 0\n\nYour action: [up]\n\nat 1"
+    )

@@ -8,7 +8,7 @@ import pytest
 from opcd.config.games import FrozenLake
 from opcd.config.training import Rendering
 from opcd.envs.env import Env
-from opcd.envs.episodes import Played, Player, Turn, history_text, play_episodes
+from opcd.envs.episodes import Played, Player, Turn, play_episodes
 from opcd.envs.games import make_env
 from opcd.errors import OverLongError
 from opcd.rendering import Renderer
@@ -89,13 +89,6 @@ def test_each_prompt_is_one_user_message_with_the_whole_history() -> None:
     assert [len(turn.task.messages) for turn in episode.turns] == [1] * 4
 
 
-def test_a_reply_without_an_action_is_in_the_history_with_its_warning() -> None:
-    text = history_text("Go.", ["at 0", "No action.\nat 0", "at 1"], [None, "up"])
-    assert text == (
-        "Go.\n\nat 0\n\nYour reply had no action.\n\nNo action.\nat 0\n\nYour action: [up]\n\nat 1"
-    )
-
-
 def test_what_the_engine_was_asked_is_the_rendered_task() -> None:
     engine = engine_of(solve)
     player = player_of(engine)
@@ -168,7 +161,7 @@ def test_the_context_is_in_the_teacher_s_prompts_alone() -> None:
     context = Context(system="Holes are marked H.")
     for side in ("student", "teacher"):
         engine = engine_of(solve)
-        player = player_of(engine, context=context, side=side)
+        player = player_of(engine, contexts={"a": context}, side=side)
         (episode,) = play_episodes(envs("a"), player).episodes
         for call, turn in zip(engine.calls, episode.turns, strict=True):
             student, teacher = map(TOKENIZER.decode, (turn.pair.student_ids, turn.pair.teacher_ids))
@@ -198,7 +191,9 @@ def test_a_history_that_does_not_fit_is_an_error_or_a_dropped_episode() -> None:
         play_episodes(envs("a"), player_of(engine_of(reply), room))
     player = player_of(engine_of(reply), room, over_long="drop_row")
     played = play_episodes(envs("a", "short"), player)
-    assert played.dropped == ("a",)
+    (dropped,) = played.dropped
+    assert (dropped.id, dropped.ending.kind, dropped.outcome) == ("a", "over_long", 0.0)
+    assert [turn.action for turn in dropped.turns] == list(SOLUTION[:3])
     assert [(e.id, e.ending.kind) for e in played.episodes] == [("short", "failed")]
 
 

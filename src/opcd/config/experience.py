@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from opcd.config.extractors import ExtractorConfig, Student
-from opcd.config.inputs import Lessons, Source, as_sources, check_template
+from opcd.config.games import GameConfig
+from opcd.config.inputs import ContextConfig, Lessons, Source, as_sources, check_template
 from opcd.config.section import Count, Section
 
 
@@ -77,3 +78,48 @@ class Experience(Section):
                 'another; write keep = "recent" or feedback = "outcome"'
             )
         return self
+
+
+def check_beside(
+    found: Experience, context: ContextConfig, game: GameConfig | None, has_grader: bool
+) -> None:
+    """Refuse an `[experience]` table that does not fit the rest of its run.
+
+    Raises:
+        ValueError: naming the keys and the way out.
+    """
+    if not isinstance(context, Lessons):
+        raise ValueError(
+            f'[context] has type = "{context.type}" beside [experience], whose items are the '
+            "context; remove one of the two tables"
+        )
+    if game:
+        _check_game(found, game)
+    elif not found.problems and found.store is None:
+        raise ValueError(
+            "experience.problems is missing, and experience.store too: there is nothing to learn "
+            'from; write experience.problems = "problems.jsonl", rows that are in no other split'
+        )
+    elif found.problems and found.feedback != "none" and not has_grader:
+        raise ValueError(
+            f'experience.feedback = "{found.feedback}" but there is no [grader] to say what is '
+            'right; add one, or write experience.feedback = "none"'
+        )
+
+
+def _check_game(found: Experience, game: GameConfig) -> None:
+    if found.problems:
+        raise ValueError(
+            "experience.problems stands beside [game], whose extraction boards are the problems; "
+            "remove it (game.boards.extraction says how many boards there are)"
+        )
+    if found.feedback == "answer":
+        raise ValueError(
+            'experience.feedback = "answer" but a game has no right answer to be told; write '
+            'experience.feedback = "outcome": then it is told what the game said at the end'
+        )
+    if not game.boards.extraction and found.store is None:
+        raise ValueError(
+            "game.boards.extraction = 0 leaves [experience] nothing to learn from; write at least "
+            "1, or name an experience.store"
+        )

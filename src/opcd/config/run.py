@@ -13,7 +13,8 @@ from typing import Any, Self
 from pydantic import BaseModel, ValidationError, model_validator
 
 from opcd.config import inputs, training
-from opcd.config.experience import Experience
+from opcd.config.experience import Experience, check_beside
+from opcd.config.games import GameConfig
 from opcd.config.section import Count, Section
 from opcd.errors import ConfigError, ContextError, TaskError
 
@@ -28,7 +29,10 @@ class Run(Section):
     """Run folders are made in here, by name."""
     model: training.Model = training.Model()
     context: inputs.ContextConfig = inputs.Lessons()
-    tasks: inputs.Tasks
+    tasks: inputs.Tasks | None = None
+    """Single answers; a run has either these or a game."""
+    game: GameConfig | None = None
+    """Episodes of several turns, on boards."""
     grader: inputs.GraderConfig | None = None
     experience: Experience | None = None
     """Where the context is not given, but learned."""
@@ -64,43 +68,60 @@ class Run(Section):
         return self.batch.prompts_per_step - self.anchors_per_step - self.returns_per_step
 
     @property
+    def is_graded(self) -> bool:
+        """Whether an answer is right or wrong: says the grader, or the game."""
+        return self.grader is not None or self.game is not None
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there are rows or boards to choose weights on."""
+        if self.game:
+            return self.game.boards.validation > 0
+        return bool(self.tasks and (self.tasks.validation or self.tasks.validation_share))
+
+    @property
     def most_teacher_answers(self) -> float:
         """The largest share of a step's tasks and anchors that their teachers answer."""
         of_warmup = self.loss.warmup.teacher_fraction if self.loss.warmup else None
         return max(self.rollout.teacher_fraction, of_warmup or 0.0)
 
     @model_validator(mode="after")
-    def _context_is_given_or_learned(self) -> Self:
-        lessons = self.context if isinstance(self.context, inputs.Lessons) else None
-        if self.experience is None:
-            if lessons and not lessons.files:
-                raise ValueError(
-                    "there is no context to bake in; write [context] with its type and path, or "
-                    "[experience] to have it gathered"
-                )
-            return self
-        if lessons is None:
+    def _asks_tasks_or_plays_a_game(self) -> Self:
+        if self.tasks is None and self.game is None:
             raise ValueError(
-                f'[context] has type = "{self.context.type}" beside [experience], whose items are '
-                "the context; remove one of the two tables"
+                "there is neither a [tasks] table nor a [game] table, so there is nothing to "
+                'answer; write [tasks] with train = "train.jsonl", or [game] with '
+                'type = "frozen_lake"'
             )
+        if self.game is None:
+            return self
+        if self.tasks is not None:
+            raise ValueError(
+                "there are a [tasks] and a [game] table, but a game's boards are its tasks; "
+                "remove one of the two (game.boards says how many boards each split has)"
+            )
+        if self.grader is not None:
+            raise ValueError(
+                "there are a [grader] and a [game] table, but the game itself says what is "
+                "solved; remove [grader]"
+            )
+        if self.context.type == "column":
+            raise ValueError(
+                "context.type is column but a board brings no text of its own; write another "
+                'kind of context, such as context.type = "system_prompt"'
+            )
+        if not self.game.boards.train:
+            raise ValueError("game.boards.train = 0 leaves nothing to train on; write at least 1")
         return self
 
     @model_validator(mode="after")
-    def _experience_has_a_source(self) -> Self:
-        found = self.experience
-        if found is None:
-            return self
-        if not found.problems and found.store is None:
+    def _context_is_given_or_learned(self) -> Self:
+        if self.experience:
+            check_beside(self.experience, self.context, self.game, self.grader is not None)
+        elif isinstance(self.context, inputs.Lessons) and not self.context.files:
             raise ValueError(
-                "experience.problems is missing, and experience.store too: there is nothing to "
-                'learn from; write experience.problems = "problems.jsonl", rows that are in no '
-                "other split"
-            )
-        if found.problems and found.feedback != "none" and self.grader is None:
-            raise ValueError(
-                f'experience.feedback = "{found.feedback}" but there is no [grader] to say what is '
-                'right; add one, or write experience.feedback = "none"'
+                "there is no context to bake in; write [context] with its type and path, or "
+                "[experience] to have it gathered"
             )
         return self
 
@@ -219,7 +240,7 @@ def check_files(run: Run) -> None:
 
 def _starts_from_store(run: Run) -> bool:
     """Whether all traces are there before the run starts: it has no problems to solve."""
-    return run.experience is not None and not run.experience.problems
+    return run.experience is not None and not run.experience.problems and not run.game
 
 
 def differences(ours: Run, theirs: Run) -> list[str]:

@@ -6,12 +6,13 @@ Knows nothing of models or tokens; reads a reply only for the action in it.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 Action = Literal["up", "down", "left", "right"]
-EndingKind = Literal["solved", "failed", "invalid_moves", "out_of_turns"]
+EndingKind = Literal["solved", "failed", "invalid_moves", "out_of_turns", "over_long"]
+"""The last: not by the game, but since the model cannot hold what was said so far."""
 
 WRITTEN: dict[str, Action] = {
     "up": "up",
@@ -208,6 +209,17 @@ def parse_action(reply: str) -> Action | None:
     """The last action in brackets of a reply, `[up]` or `[w]` for instance; `None` without one."""
     found = BRACKETED.findall(reply)
     return WRITTEN[found[-1].lower()] if found else None
+
+
+def history_text(
+    introduction: str, observations: Sequence[str], actions: Sequence[Action | None]
+) -> str:
+    """The user message of a turn: what was seen and done so far, the present board last."""
+    parts = [introduction, observations[0]]
+    for action, observation in zip(actions, observations[1:], strict=True):
+        done = f"Your action: [{action}]" if action else "Your reply had no action."
+        parts += [done, observation]
+    return "\n\n".join(parts)
 
 
 def introduce(player: str, rules: str, limits: Limits) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from opcd.envs.env import Action, Ending, Env, StepResult, parse_action
+from opcd.envs.env import Action, Ending, Env, StepResult, history_text, parse_action
 from opcd.errors import OverLongError
 from opcd.rendering import Renderer
 from opcd.rollouts.engine import Prompt, RolloutEngine, Sampling
@@ -30,12 +30,22 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Episode:
-    """A game that was played to its end."""
+    """A game that was played to its end, or as far as its prompts fitted."""
 
     id: str
     turns: tuple[Turn, ...]
     ending: Ending
     outcome: float
+
+    @property
+    def invalid_moves(self) -> int:
+        """Replies whose action could not be taken, or that had none."""
+        return sum(not turn.result.valid for turn in self.turns)
+
+    @property
+    def feedback(self) -> str:
+        """What the player was told at the end, and the last board."""
+        return self.turns[-1].result.observation if self.turns else self.ending.feedback
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +56,18 @@ class Player:
     renderer: Renderer
     sampling: Sampling
     max_new_tokens: int
-    context: Context = field(default_factory=Context)
-    """What the teacher's prompts hold besides."""
+    contexts: Mapping[str, Context] = field(default_factory=dict)
+    """What the teacher's prompts of an episode hold besides, by its id."""
     side: Literal["student", "teacher"] = "student"
     """Whose prompts are answered: without the context, or with it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Played:
-    """All episodes, in the order they were given, and the ids of those that were dropped."""
+    """All episodes, in the order they were given; those that could not go on are apart."""
 
     episodes: tuple[Episode, ...]
-    dropped: tuple[str, ...] = ()
+    dropped: tuple[Episode, ...] = ()
     """A prompt of theirs did not fit, and `rendering.over_long` is `drop_row`."""
 
 
@@ -93,7 +103,7 @@ def play_episodes(
         OverLongError: a prompt does not fit and `rendering.over_long` is `error`.
     """
     played = {id_: _Open(id_, env, [env.observation]) for id_, env in envs.items()}
-    active, dropped = list(played.values()), set[str]()
+    active, dropped = list(played.values()), dict[str, Ending]()
     while active := [game for game in active if not game.env.finished and game.id not in dropped]:
         asked = _render(active, player, dropped)
         prompts = [
@@ -105,32 +115,23 @@ def play_episodes(
             if watch:
                 watch(turn)
     episodes = [_close(game) for game in played.values() if game.id not in dropped]
-    return Played(tuple(episodes), tuple(id_ for id_ in envs if id_ in dropped))
-
-
-def history_text(
-    introduction: str, observations: Sequence[str], actions: Sequence[Action | None]
-) -> str:
-    """The user message of a turn: what was seen and done so far, the present board last."""
-    parts = [introduction, observations[0]]
-    for action, observation in zip(actions, observations[1:], strict=True):
-        done = f"Your action: [{action}]" if action else "Your reply had no action."
-        parts += [done, observation]
-    return "\n\n".join(parts)
+    cut = [_close(game, dropped[game.id]) for game in played.values() if game.id in dropped]
+    return Played(tuple(episodes), tuple(cut))
 
 
 def _render(
-    active: Sequence[_Open], player: Player, dropped: set[str]
+    active: Sequence[_Open], player: Player, dropped: dict[str, Ending]
 ) -> list[tuple[_Open, Task, PromptPair]]:
     found: list[tuple[_Open, Task, PromptPair]] = []
     for game in active:
         task = game.task()
         try:
-            found.append((game, task, player.renderer.pair(task, player.context)))
-        except OverLongError:
+            context = player.contexts.get(game.id, Context())
+            found.append((game, task, player.renderer.pair(task, context)))
+        except OverLongError as error:
             if player.renderer.config.over_long == "error":
                 raise
-            dropped.add(game.id)
+            dropped[game.id] = Ending("over_long", str(error))
     return found
 
 
@@ -148,7 +149,8 @@ def _take(game: _Open, task: Task, pair: PromptPair, rollout: Rollout, renderer:
     return turn
 
 
-def _close(game: _Open) -> Episode:
-    ending = game.turns[-1].result.ending if game.turns else None
+def _close(game: _Open, ending: Ending | None = None) -> Episode:
+    if ending is None and game.turns:
+        ending = game.turns[-1].result.ending
     assert ending, f"episode {game.id!r} was over before its first turn, or has no ending"
     return Episode(game.id, tuple(game.turns), ending, game.env.outcome)

@@ -1,12 +1,44 @@
 """A game's table becomes boards for each split, and environments to play them."""
 
+from dataclasses import dataclass
 from random import Random
 
 from opcd.config.games import FrozenLake, GameConfig
 from opcd.envs.boards import BoardSource, Picture, Split, split_boards
-from opcd.envs.env import BoardEnv, Env, Limits, introduce
+from opcd.envs.env import BoardEnv, Env, Limits, history_text, introduce
 from opcd.envs.frozen_lake import LakeWorld, lake_rules, lake_source
 from opcd.envs.sokoban import SokobanWorld, sokoban_rules, sokoban_source
+from opcd.types import Message, Task
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """A board before the first move; each episode on it is played in an environment of its own."""
+
+    game: GameConfig
+    board: Picture
+
+    def start(self, seed: int | str = 0) -> Env:
+        """A new episode; on slippery ice the seed decides where its steps go."""
+        return make_env(self.game, self.board, seed)
+
+    def task(self, id_: str) -> Task:
+        """Its first turn."""
+        env = self.start()
+        return Task(id_, (Message("user", history_text(env.introduction, [env.observation], [])),))
+
+
+def openings_of(config: GameConfig) -> dict[Split, dict[str, Opening]]:
+    """The boards of each split by name, without the splits that have none.
+
+    Raises:
+        GameError: there are fewer distinct boards than asked for.
+    """
+    return {
+        split: {f"{split}-{n:05d}": Opening(config, board) for n, board in enumerate(boards)}
+        for split, boards in boards_of(config).items()
+        if boards
+    }
 
 
 def boards_of(config: GameConfig) -> dict[Split, tuple[Picture, ...]]:
@@ -29,7 +61,7 @@ def source_of(config: GameConfig) -> BoardSource:
     return lake_source(config) if isinstance(config, FrozenLake) else sokoban_source(config)
 
 
-def make_env(config: GameConfig, board: Picture, seed: int = 0) -> Env:
+def make_env(config: GameConfig, board: Picture, seed: int | str = 0) -> Env:
     """One episode on this board.
 
     Args:
