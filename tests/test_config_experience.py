@@ -7,7 +7,8 @@ import pytest
 from opcd.assembly import with_contexts
 from opcd.checking import check_context, check_run
 from opcd.config import Run, check_files, dump_config, load_config
-from opcd.config.experience import Endpoint, Experience, Local
+from opcd.config.experience import Experience
+from opcd.config.extractors import Endpoint, Local
 from opcd.config.inputs import Jsonl, Lessons, Tasks
 from opcd.errors import ConfigError, TaskError
 from opcd.tasks import load_splits
@@ -39,8 +40,8 @@ def table(run: Run) -> Experience:
     return run.experience
 
 
-def rows_of(run: Run) -> Tasks:
-    assert run.tasks is not None
+def tasks_of(run: Run) -> Tasks:
+    assert run.tasks
     return run.tasks
 
 
@@ -129,7 +130,7 @@ def test_an_endpoint_has_the_protocols_defaults() -> None:
 
 def test_problems_are_a_split_of_their_own(tmp_path: Path) -> None:
     run = load(tmp_path)
-    splits = load_splits(rows_of(run), run.seed, problems=table(run).problems)
+    splits = load_splits(tasks_of(run), run.seed, problems=table(run).problems)
     assert [len(splits[s]) for s in ("train", "validation", "test", "extraction")] == [8, 3, 3, 4]
     assert check_run(tmp_path / "run.toml")[1][-1].endswith("4 extraction")
 
@@ -147,16 +148,16 @@ def test_no_problems_are_named_by_their_key(tmp_path: Path) -> None:
     run = load(tmp_path)
     write_jsonl(tmp_path / "problems.jsonl", [])
     with pytest.raises(TaskError, match=r"experience\.problems has no rows"):
-        load_splits(rows_of(run), run.seed, problems=table(run).problems)
+        load_splits(tasks_of(run), run.seed, problems=table(run).problems)
 
 
 def test_problems_may_be_a_share_of_the_train_rows(tmp_path: Path) -> None:
     """For a data set of one split; its trajectory store need not be there yet."""
     share = "tasks.extraction_share=0.25"
     run = load(tmp_path, "experience.problems=[]", "experience.store=later.jsonl", share)
-    assert run.has_problems and table(run).problems == ()
+    assert table(run).problems == ()
     check_files(run)
-    splits = load_splits(rows_of(run), run.seed)
+    splits = load_splits(tasks_of(run), run.seed)
     assert {name: len(tasks) for name, tasks in splits.items()} == {
         "train": 6,
         "validation": 3,
@@ -179,40 +180,65 @@ def test_a_run_without_its_experience_cannot_be_trained(tmp_path: Path) -> None:
         check_context(load(tmp_path))
 
 
-TASKS = [Task(f"t{i}", (Message("user", f"{i}?"),)) for i in range(40)]
+ROWS = [(Task(f"t{i}", (Message("user", f"{i}?"),)), None) for i in range(40)]
 
 
-def pool(folder: Path, count: int) -> Run:
-    names = [f"{n}.md" for n in range(count)]
-    for name in names:
-        (folder / name).write_text(f"- item of {name}\n", encoding="utf-8")
-    return load(folder, tables=f'[context]\ntype = "experience"\npath = {names}\n')
+def pool(folder: Path, count: int) -> Lessons:
+    paths = tuple(folder / f"{n}.md" for n in range(count))
+    for path in paths:
+        path.write_text(f"- item of {path.name}\n", encoding="utf-8")
+    return Lessons(path=paths)
 
 
 def test_a_pool_is_a_product_for_train_rows(tmp_path: Path) -> None:
     """Training draws from every row with every experience, each under an id of its own."""
-    tasks, contexts = with_contexts(pool(tmp_path, 3), "train", TASKS[:4])
-    assert len({task.id for task in tasks}) == len(tasks) == 12
-    texts = [
-        (task.messages[0].content, c.user_template) for task, c in zip(tasks, contexts, strict=True)
-    ]
-    assert len(set(texts)) == 12
-    assert {task.messages for task in tasks} == {task.messages for task in TASKS[:4]}
+    rows, contexts = with_contexts(pool(tmp_path, 3), "train", ROWS[:4])
+    assert len({task.id for task, _ in rows}) == len(rows) == 12
+    asked = {(t.messages, c.user_template) for (t, _), c in zip(rows, contexts, strict=True)}
+    assert len(asked) == 12
+    assert {task.messages for task, _ in rows} == {task.messages for task, _ in ROWS[:4]}
 
 
 def test_another_split_meets_one_of_a_pool_always_the_same(tmp_path: Path) -> None:
-    run = pool(tmp_path, 3)
-    tasks, contexts = with_contexts(run, "test", TASKS)
-    assert tasks == TASKS
+    lessons = pool(tmp_path, 3)
+    rows, contexts = with_contexts(lessons, "test", ROWS)
+    assert rows == ROWS
     assert len({c.user_template for c in contexts}) == 3
-    assert with_contexts(run, "test", TASKS[5:9])[1] == contexts[5:9]
+    assert with_contexts(lessons, "test", ROWS[5:9])[1] == contexts[5:9]
 
 
 def test_one_experience_is_a_context_like_any_other(tmp_path: Path) -> None:
-    tasks, contexts = with_contexts(pool(tmp_path, 1), "train", TASKS[:2])
-    assert tasks == TASKS[:2] and contexts[0] == contexts[1]
+    rows, contexts = with_contexts(pool(tmp_path, 1), "train", ROWS[:2])
+    assert rows == ROWS[:2] and contexts[0] == contexts[1]
     assert "- item of 0.md" in contexts[0].user_template
 
 
-def test_no_experience_yet_is_no_context(tmp_path: Path) -> None:
-    assert all(c.is_empty for c in with_contexts(load(tmp_path), "train", TASKS)[1])
+def test_no_experience_yet_is_no_context() -> None:
+    assert all(c.is_empty for c in with_contexts(Lessons(), "train", ROWS)[1])
+
+
+GAME = """
+name = "lake"
+
+[game]
+type = "frozen_lake"
+"""
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ('problems = "problems.jsonl"', "whose extraction boards are the problems; remove it"),
+        ('feedback = "answer"', r"a game has no right answer .* write experience.feedback = .outc"),
+        ("[game.boards]\nextraction = 0", r"game.boards.extraction = 0 .* write at least 1"),
+    ],
+)
+def test_a_game_brings_its_own_problems(tmp_path: Path, tables: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(write_run(tmp_path, tables=f"[experience]\n{tables}\n", toml=GAME))
+
+
+def test_a_game_needs_no_key_at_all(tmp_path: Path) -> None:
+    run = load_config(write_run(tmp_path, tables="[experience]\n", toml=GAME))
+    check_files(run)
+    assert run.game and run.game.boards.extraction and run.context == Lessons()

@@ -13,6 +13,7 @@ from opcd import adapters, models, weights
 from opcd.anchors import AnchorSet, load_anchors
 from opcd.checking import check_select_by, warnings
 from opcd.config import Run, check_files, training
+from opcd.config.inputs import ContextConfig
 from opcd.contexts import load_context, pool_of
 from opcd.envs.games import Opening, openings_of
 from opcd.errors import ConfigError
@@ -28,6 +29,10 @@ AHEAD_STEPS = 10
 """Steps whose teachers' answers are generated together."""
 MAX_KEPT_BYTES = 2**28
 """Memory that the hidden states of those answers may take."""
+
+
+Row = tuple[Task, Opening | None]
+"""A task, and its board where it is played."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,40 +163,36 @@ def render_splits(config: Run, renderer: Renderer) -> tuple[dict[str, list[Item]
     """
     items: dict[str, list[Item]] = {}
     notes: list[str] = []
-    for split, rows in load_rows(config, notes).items():
-        tasks, contexts = with_contexts(config, split, [task for task, _ in rows])
-        pairs, dropped = render_pairs(renderer, tasks, contexts)
-        copies = len(tasks) // len(rows)
-        known = {
-            task.id: (task, context, rows[index // copies][1])
-            for index, (task, context) in enumerate(zip(tasks, contexts, strict=True))
-        }
+    for split, found in load_rows(config, notes).items():
+        rows, contexts = with_contexts(config.context, split, found)
+        pairs, dropped = render_pairs(renderer, [task for task, _ in rows], contexts)
+        known = {row[0].id: (*row, c) for row, c in zip(rows, contexts, strict=True)}
         items[split] = [
             Item(task, pair, context, game)
             for pair in pairs
-            for task, context, game in [known[pair.task_id]]
+            for task, game, context in [known[pair.task_id]]
         ]
         if dropped:
             notes.append(
-                f"{split}: {len(dropped)} of {len(tasks)} rows dropped, longer than "
+                f"{split}: {len(dropped)} of {len(rows)} rows dropped, longer than "
                 f"{renderer.max_prompt_tokens} tokens: {', '.join(dropped[:5])} ..."
             )
     return items, notes
 
 
 def with_contexts(
-    config: Run, split: str, tasks: Sequence[Task]
-) -> tuple[list[Task], list[Context]]:
+    config: ContextConfig, split: str, rows: Sequence[Row]
+) -> tuple[list[Row], list[Context]]:
     """Each row with its context; a train row once with every context of a pool."""
-    pool = pool_of(config.context) if split == "train" else []
+    pool = pool_of(config) if split == "train" else []
     if not pool:
-        return list(tasks), [load_context(config.context, task) for task in tasks]
-    product = [(task, number) for task in tasks for number in range(len(pool))]
-    named = [replace(task, id=f"{task.id}/lessons-{number}") for task, number in product]
+        return list(rows), [load_context(config, task) for task, _ in rows]
+    product = [(row, number) for row in rows for number in range(len(pool))]
+    named = [(replace(t, id=f"{t.id}/lessons-{number}"), game) for (t, game), number in product]
     return named, [pool[number] for _, number in product]
 
 
-def load_rows(config: Run, notes: list[str]) -> dict[str, list[tuple[Task, Opening | None]]]:
+def load_rows(config: Run, notes: list[str]) -> dict[str, list[Row]]:
     """What is asked in each split: the rows of files, or the boards of a game."""
     if config.game:
         return {

@@ -13,7 +13,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ValidationError, model_validator
 
 from opcd.config import inputs, training
-from opcd.config.experience import Experience
+from opcd.config.experience import Experience, check_beside
 from opcd.config.games import GameConfig
 from opcd.config.section import Count, Section
 from opcd.errors import ConfigError, ContextError, TaskError
@@ -85,14 +85,6 @@ class Run(Section):
         of_warmup = self.loss.warmup.teacher_fraction if self.loss.warmup else None
         return max(self.rollout.teacher_fraction, of_warmup or 0.0)
 
-    @property
-    def has_problems(self) -> bool:
-        """Whether there are problems that experience can be gathered from."""
-        if self.game:
-            return self.game.boards.extraction > 0
-        rows = self.experience.problems if self.experience else ()
-        return bool(rows or (self.tasks and self.tasks.extraction_share))
-
     @model_validator(mode="after")
     def _asks_tasks_or_plays_a_game(self) -> Self:
         if self.tasks is None and self.game is None:
@@ -124,47 +116,13 @@ class Run(Section):
 
     @model_validator(mode="after")
     def _context_is_given_or_learned(self) -> Self:
-        lessons = self.context if isinstance(self.context, inputs.Lessons) else None
-        if self.experience is None:
-            if lessons and not lessons.files:
-                raise ValueError(
-                    "there is no context to bake in; write [context] with its type and path, or "
-                    "[experience] to have it gathered"
-                )
-            return self
-        if lessons is None:
+        if self.experience:
+            graded, share = self.grader is not None, getattr(self.tasks, "extraction_share", 0.0)
+            check_beside(self.experience, self.context, self.game, graded, share)
+        elif isinstance(self.context, inputs.Lessons) and not self.context.files:
             raise ValueError(
-                f'[context] has type = "{self.context.type}" beside [experience], whose items are '
-                "the context; remove one of the two tables"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _experience_has_a_source(self) -> Self:
-        found = self.experience
-        if found is None:
-            return self
-        if found.problems and self.game:
-            raise ValueError(
-                "experience.problems is set beside [game], which has boards to gather experience "
-                "on; remove problems (game.boards.extraction says how many)"
-            )
-        if found.problems and self.tasks and self.tasks.extraction_share:
-            raise ValueError(
-                "experience.problems and tasks.extraction_share are both set, so the problems have "
-                "two origins; remove one of them"
-            )
-        if not self.has_problems and found.store is None:
-            raise ValueError(
-                "experience.problems is missing, and experience.store too: there is nothing to "
-                'learn from; write experience.problems = "problems.jsonl", rows that are in no '
-                "other split, tasks.extraction_share = 0.1 to take them from the train rows, or "
-                "with a game game.boards.extraction = 32"
-            )
-        if self.has_problems and found.feedback != "none" and not self.is_graded:
-            raise ValueError(
-                f'experience.feedback = "{found.feedback}" but there is no [grader] to say what is '
-                'right; add one, or write experience.feedback = "none"'
+                "there is no context to bake in; write [context] with its type and path, or "
+                "[experience] to have it gathered"
             )
         return self
 
@@ -283,7 +241,9 @@ def check_files(run: Run) -> None:
 
 def _starts_from_store(run: Run) -> bool:
     """Whether all traces are there before the run starts: it has no problems to solve."""
-    return run.experience is not None and not run.has_problems
+    if run.experience is None or run.game:
+        return False
+    return not (run.experience.problems or (run.tasks and run.tasks.extraction_share))
 
 
 def differences(ours: Run, theirs: Run) -> list[str]:
