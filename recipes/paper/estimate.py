@@ -1,9 +1,10 @@
 """What the runs of this folder need, from their TOML files alone; nothing here was measured.
 
 Memory is arithmetic: bytes of weights, gradients, optimiser states, teacher, keys and values.
-Time is an estimate: floating-point operations over `--tflops`, and for each decoded token the
-bytes that have to be read over `--read-tb-s` plus a millisecond a layer for transformers' own
-loop. Every response is taken to be as long as it may be, so that times are upper bounds.
+Time, of `opcd compare` or of a round of `opcd experience`, is an estimate: floating-point
+operations over `--tflops`, and for each decoded token the bytes that have to be read over
+`--read-tb-s` plus a millisecond a layer for transformers' own loop. Every response is taken to be
+as long as it may be, so that times are upper bounds.
 
 Usage: ``python estimate.py RUN.toml [key.path=value ...] [--tflops 400] [--read-tb-s 2.4]``
 """
@@ -52,6 +53,8 @@ ADAPTER_SHARE = 0.015
 """Parameters of a LoRA adapter of rank 32 on all linear layers, as a share of the model's."""
 TASK_TOKENS = {"tasks": 250, "game": 600}
 """A student's prompt: a question, or the history of a game."""
+CONDITIONS = 6
+"""Times that the test rows are answered: three conditions of each of two runs."""
 LAYER_STATES = 40
 """Hidden states of one layer that are alive while its gradient is computed."""
 
@@ -127,24 +130,33 @@ def hours(run: Run, speed: Speed) -> dict[str, float]:
     passes_s = tokens * (8 * student + 2 * teacher) / speed.flops
     validations = math.ceil(run.steps / run.evaluation.every_steps)
     found = {
-        "training": run.steps * (decode_s(run, rows_of(run), speed, asked) + passes_s),
-        "validation": validations * decode_s(run, validation_rows(run), speed, turns),
+        "baked: training": run.steps * (decode_s(run, rows_of(run), speed, asked) + passes_s),
+        "baked: validation": validations * decode_s(run, chosen_on(run), speed, turns),
     }
+    found |= {name.replace("baked", "off_policy"): seconds for name, seconds in found.items()}
+    found["test"] = CONDITIONS * decode_s(run, tested_on(run), speed, turns)
     if table := run.experience:
         traces = table.seeds * table.steps
         scored = table.seeds * math.ceil(table.steps / table.score_every) + 1
-        rows = min(table.select_rows or validation_rows(run), validation_rows(run))
+        rows = min(table.select_rows or chosen_on(run), chosen_on(run))
         found["solving"] = decode_s(run, traces, speed, turns)
         found["extraction"] = decode_s(run, traces, speed, 1, table.max_new_tokens)
         found["selection"] = decode_s(run, scored * rows, speed, turns)
     return {name: seconds / 3600 for name, seconds in found.items()}
 
 
-def validation_rows(run: Run) -> int:
+def chosen_on(run: Run) -> int:
     """Rows or games of one validation."""
     if run.game:
         return run.game.boards.validation * run.game.episodes
     return run.evaluation.validation_rows or 1000
+
+
+def tested_on(run: Run) -> int:
+    """Rows or games of the test."""
+    if run.game:
+        return run.game.boards.test * run.game.episodes
+    return run.evaluation.test_rows or 1000
 
 
 def main() -> None:
