@@ -189,7 +189,7 @@ def derive(run: Run, **changes: Any) -> Run:
     """
     tree = run.model_dump(mode="json")
     for key, value in changes.items():
-        tree[key] = {**tree[key], **value} if isinstance(value, dict) else value
+        tree[key] = {**(tree[key] or {}), **value} if isinstance(value, dict) else value
     return _parse(tree, run.out / str(tree["name"]))
 
 
