@@ -18,7 +18,7 @@ from opcd.figures import INK, LINES, RULE, SETTINGS
 from opcd.glossary import metric_name
 from opcd.intervals import Estimate, estimate
 from opcd.runs import write_text
-from opcd.tables import Grid, is_share
+from opcd.tables import Grid, cell, is_share
 
 MOST_COLUMNS = 4
 """More seeds than these are shown as their lowest and highest, not one by one."""
@@ -61,14 +61,14 @@ def growth_grid(scored: Sequence[Scored], chosen: Scored, metric: str, rows: int
     cells = [
         [str(point.step), f"{point.items:.3g}", f"{_tokens(point):.0f}"]
         + (_by_seed(point, seeds, chosen, metric) if each else _ends(point, chosen, metric))
-        + ([_interval(point.score, metric)] if mean else [])
+        + ([cell(metric, point.score.as_json())] if mean else [])
         for point in points
     ]
     if not mean:
         columns = ["score"]
         for row, point in zip(cells, points, strict=True):
             mark = " *" if chosen in point.by_seed.values() else ""
-            row[-1] = _interval(point.score, metric) + mark
+            row[-1] = cell(metric, point.score.as_json()) + mark
     title = f"{metric_name(metric)} on {rows} validation rows, by traces learned from"
     return Grid(title, ["traces", "items", "tokens", *columns, *mean], cells)
 
@@ -155,7 +155,7 @@ def _label(axes: Axes, metric: str, rows: int) -> None:
 
 
 def _by_seed(point: Point, seeds: Sequence[int], chosen: Scored, metric: str) -> list[str]:
-    return [_cell(point.by_seed.get(seed), chosen, metric) for seed in seeds]
+    return [_score(point.by_seed.get(seed), chosen, metric) for seed in seeds]
 
 
 def _ends(point: Point, chosen: Scored, metric: str) -> list[str]:
@@ -164,7 +164,7 @@ def _ends(point: Point, chosen: Scored, metric: str) -> list[str]:
     return [low, high + (" *" if chosen in ordered else "")]
 
 
-def _cell(one: Scored | None, chosen: Scored, metric: str) -> str:
+def _score(one: Scored | None, chosen: Scored, metric: str) -> str:
     if one is None:
         return ""
     return _number(one.mean, metric) + (" *" if one == chosen else "")
@@ -176,10 +176,3 @@ def _tokens(point: Point) -> float:
 
 def _number(value: float, metric: str) -> str:
     return f"{100 * value:.1f} %" if is_share(metric) else f"{value:.3f}"
-
-
-def _interval(found: Estimate, metric: str) -> str:
-    if is_share(metric):
-        low, high = 100 * found.low, 100 * found.high
-        return f"{_number(found.mean, metric)} [{low:.0f}, {high:.0f}]"
-    return f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]"
