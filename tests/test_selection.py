@@ -6,17 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from opcd.selection import (
+from opcd.assembly import Parts
+from opcd.candidates import (
     Candidate,
     Scored,
-    batches,
-    choose,
-    find_candidates,
-    standard_error,
-    verdict,
 )
-from opcd.errors import RunFolderError
+from opcd.rollouts.scripted import ScriptedEngine
 from opcd.runs import RoundFolder
+from opcd.selection import choose, select, verdict
+from tiny import grown, lesson_parts
+from worlds import END_ID
 
 
 def scored(tokens: int, hits: int, rows: int = 100, seed: int = 0, step: int = 1) -> Scored:
@@ -68,46 +67,46 @@ def test_the_order_of_the_candidates_is_of_no_account() -> None:
         assert again.chosen == first.chosen and again.standard_error == first.standard_error
 
 
-@pytest.mark.parametrize("mark", [0.0, 1.0])
-def test_a_share_of_none_or_all_has_an_error_too(mark: float) -> None:
-    """Else five rows out of five could not be told from five hundred."""
-    few, many = standard_error([mark] * 5), standard_error([mark] * 500)
-    assert 0.1 < few < 0.2 and 0.0 < many < 0.01
+@pytest.fixture
+def parts(tiny_model_path: Path, tmp_path: Path) -> Parts:
+    """As `lesson_parts`."""
+    return lesson_parts(tmp_path, tiny_model_path)
 
 
-def test_other_metrics_have_the_error_of_their_own_spread() -> None:
-    assert standard_error([2.0, 4.0, 6.0, 8.0]) == pytest.approx(2.581989 / 2)
+def test_selecting_writes_the_table_the_figure_and_the_chosen_text(
+    parts: Parts, tmp_path: Path
+) -> None:
+    """The table alone tells which text was chosen, on which rows, and how sure that is."""
+    folder = RoundFolder(tmp_path / "round")
+    grown(folder)
+    said: list[str] = []
+    found = select(parts, folder, said.append)
+    assert found.table == json.loads(folder.selection.read_text("utf-8"))
+    chosen = found.table["chosen"]
+    assert (chosen["seed"], chosen["step"], chosen["items"]) == (0, 3, 3)
+    assert found.table["highest"]["file"] == "seed-0/experience-004.md", "within its error"
+    assert folder.selected.read_text("utf-8") == folder.experience(0, 3).read_text("utf-8")
+    assert found.table["rows"] == [item.task.id for item in parts.items["validation"]]
+    by_file = {row["file"]: row for row in found.table["candidates"]}
+    assert by_file["seed-0/experience-003.md"]["score"]["mean"] == 0.5
+    assert by_file["seed-1/experience-003.md"]["score"]["mean"] == pytest.approx(1 / 6)
+    assert all(low <= row["score"]["mean"] <= high for row in by_file.values()
+               for low, high in [row["score"]["ci95"]])  # fmt: skip
+    assert folder.growth.read_text("utf-8").startswith("<?xml")
+    assert said[-1] == found.table["verdict"]
 
 
-def test_candidates_are_none_the_last_and_every_so_many(tmp_path: Path) -> None:
-    """A candidate's step is that of its file: the text after so many traces."""
-    for seed, last in ((0, 5), (1, 4), (10, 2)):
-        folder = tmp_path / f"seed-{seed}"
-        folder.mkdir()
-        for step in range(last + 1):
-            text = "".join(f"- item {i} of {seed}\n" for i in range(step))
-            (folder / f"experience-{step:03d}.md").write_text(text, encoding="utf-8")
-    found = find_candidates(RoundFolder(tmp_path), 3, lambda text: len(text.split()))
-    assert [(c.seed, c.step) for c in found] == [
-        (0, 0), (0, 3), (0, 5), (1, 0), (1, 3), (1, 4), (10, 0), (10, 2),
-    ]  # fmt: skip
-    assert [c.items for c in found] == [c.step for c in found]
-    assert all(c.name.endswith(f"seed-{c.seed}/experience-{c.step:03d}.md") for c in found)
-    assert found[0].tokens == 0 and found[1].tokens == 15
-    assert found[1].text == "- item 0 of 0\n- item 1 of 0\n- item 2 of 0"
-
-
-def test_without_experiences_there_is_nothing_to_choose_from(tmp_path: Path) -> None:
-    with pytest.raises(RunFolderError, match="has no experiences to choose from"):
-        find_candidates(RoundFolder(tmp_path), 1, len)
-
-
-def test_short_candidates_share_a_call_and_long_ones_have_their_own() -> None:
-    """A batch holds at most the engine's rows; a long text is read once, not once a row."""
-    short = [Candidate(0, i, f"- {i}", 1, 20) for i in range(5)]
-    assert [len(b) for b in batches(short, 30, 64)] == [2, 2, 1]
-    assert [len(b) for b in batches(short, 100, 64)] == [1] * 5, "more rows than a batch"
-    assert [len(b) for b in batches(short, 30, 0)] == [1] * 5
-    long = [Candidate(0, i, f"- {i}", 1, 3000) for i in range(3)]
-    assert [len(b) for b in batches([*short[:1], *long], 4, 64)] == [1, 1, 1, 1]
-    assert [one for batch in batches(short, 30, 64) for one in batch] == short
+def test_where_no_items_is_best_nothing_is_selected_and_that_is_said(
+    parts: Parts, tmp_path: Path
+) -> None:
+    """An earlier choice does not stay in its place."""
+    folder = RoundFolder(tmp_path / "round")
+    grown(folder)
+    folder.selected.write_text("- an earlier one\n", encoding="utf-8")
+    wrong = parts.renderer.encode("b")
+    parts.engine = ScriptedEngine(lambda *_: (*wrong, END_ID))
+    said: list[str] = []
+    found = select(parts, folder, said.append)
+    assert not folder.selected.exists()
+    assert found.table["chosen"]["items"] == 0
+    assert said[-1].startswith("no items: 0.000 without any experience")

@@ -25,7 +25,7 @@ from opcd.distill import StepReport, Trainer
 from opcd.programs import gap_of
 from opcd.rollouts.engine import Prompt
 from opcd.rollouts.scripted import ScriptedEngine
-from opcd.runs import write_json
+from opcd.runs import RoundFolder, write_json
 from opcd.types import PromptPair, Rollout
 from worlds import END_ID, SPECIALS, tiny_llama, write_jsonl
 
@@ -124,6 +124,48 @@ def make_run(tmp_path: Path, model_path: Path, *overrides: str, **recipe: Any) -
     """A tiny run whose folder lies under `tmp_path`."""
     toml = write_recipe(tmp_path / "recipe", model_path, **recipe)
     return load_config(toml, [f"out={tmp_path / 'runs'}", *overrides])
+
+
+def experience_run(tmp_path: Path, model_path: Path, *overrides: str) -> Run:
+    """A tiny run that learns its context, whose folder lies under `tmp_path`."""
+    folder = tmp_path / "recipe"
+    toml = write_recipe(folder, model_path)
+    for split, count in (("problems", 5), ("validation", 6)):
+        rows = [{"prompt": f"{split} {i}?", "answer": "a"} for i in range(count)]
+        write_jsonl(folder / f"{split}.jsonl", rows)
+    given = """context = { type = "system_prompt", path = "system.md" }"""
+    table = """experience = { problems = "problems.jsonl", seeds = 2, steps = 3 }"""
+    toml.write_text(toml.read_text("utf-8").replace(given, table), encoding="utf-8")
+    return load_config(toml, [f"out={tmp_path / 'runs'}", *overrides])
+
+
+def lesson_parts(tmp_path: Path, model_path: Path) -> Parts:
+    """A run whose engine answers right on as many validation rows as it is shown lessons.
+
+    `a` is the right answer; the rows' prompts end with their numbers.
+    """
+    run = experience_run(tmp_path, model_path)
+    parts = assemble(run)
+    right, wrong = (parts.renderer.encode(text) for text in ("a", "b"))
+
+    def script(policy: str, prompt: Prompt) -> tuple[int, ...]:
+        assert policy == "base", "candidates are scored with the model as it was"
+        text = parts.renderer.tokenizer.decode(list(prompt.ids))
+        assert "validation" in text, "no other rows may choose"
+        number = int(text.split("validation ")[1].split("?")[0])
+        return (*(right if number < text.count("- lesson") else wrong), END_ID)
+
+    parts.engine = ScriptedEngine(script)
+    return parts
+
+
+def grown(folder: RoundFolder, seeds: int = 2, steps: int = 4) -> None:
+    """Experiences that gain a lesson a trace in one seed, and one every second trace in another."""
+    for seed in range(seeds):
+        folder.seed(seed).mkdir(parents=True)
+        for step in range(steps + 1):
+            lines = [f"- lesson {seed} {i}\n" for i in range(step // (seed + 1))]
+            folder.experience(seed, step).write_text("".join(lines), encoding="utf-8")
 
 
 def whole_run(folder: Path, model_path: Path) -> Path:

@@ -19,6 +19,7 @@ from typing import Any
 
 from opcd.adapters import load_weights
 from opcd.assembly import assemble, load_rows
+from opcd.candidates import find_candidates
 from opcd.comparing import ensure_trained, off_policy
 from opcd.config import Run, derive
 from opcd.errors import ConfigError, NothingLearnedError, OverLongError, RunFolderError
@@ -26,7 +27,6 @@ from opcd.intervals import estimate, mcnemar
 from opcd.programs import evaluate_best, read_evaluation
 from opcd.responses import by_metric, respond, rows_of
 from opcd.runs import RoundFolder, RunFolder, read_best, write_json, write_text
-from opcd.selection import find_candidates
 from opcd.tasks import check_leaks, read_row
 from opcd.traces import read_traces, saved_prefixes
 
@@ -116,8 +116,8 @@ def experience_files(run: Run, folder: RoundFolder) -> list[Path]:
         if not files:
             raise NothingLearnedError(
                 f"none of {len(last)} seeds has an item, so there is nothing to bake in; read what "
-                f"the extractor wrote in {folder.path}/seed-*/items.jsonl, and change the instructions "
-                "or the extractor"
+                f"the extractor wrote in {folder.path}/seed-*/answers.jsonl, and change the "
+                "instructions or the extractor"
             )
         return files
     if not folder.selection.is_file():

@@ -13,12 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from opcd.candidates import Scored
 from opcd.figures import INK, LINES, RULE, SETTINGS
 from opcd.glossary import metric_name
 from opcd.intervals import Estimate, estimate
 from opcd.runs import write_text
-from opcd.selection import Choice, Scored
-from opcd.tables import Grid, is_share
+from opcd.tables import Grid, cell, is_share
 
 MOST_COLUMNS = 4
 """More seeds than these are shown as their lowest and highest, not one by one."""
@@ -51,7 +51,7 @@ def growth_of(scored: Sequence[Scored]) -> list[Point]:
     return points
 
 
-def growth_grid(scored: Sequence[Scored], choice: Choice, metric: str, rows: int) -> Grid:
+def growth_grid(scored: Sequence[Scored], chosen: Scored, metric: str, rows: int) -> Grid:
     """The same as a table: a row for each number of traces; the chosen one is marked."""
     points = growth_of(scored)
     seeds = sorted({one.candidate.seed for one in scored})
@@ -60,31 +60,31 @@ def growth_grid(scored: Sequence[Scored], choice: Choice, metric: str, rows: int
     mean = [f"mean of {len(seeds)}"] if len(seeds) > 1 else []
     cells = [
         [str(point.step), f"{point.items:.3g}", f"{_tokens(point):.0f}"]
-        + (_by_seed(point, seeds, choice, metric) if each else _ends(point, choice, metric))
-        + ([_interval(point.score, metric)] if mean else [])
+        + (_by_seed(point, seeds, chosen, metric) if each else _ends(point, chosen, metric))
+        + ([cell(metric, point.score.as_json())] if mean else [])
         for point in points
     ]
     if not mean:
         columns = ["score"]
         for row, point in zip(cells, points, strict=True):
-            mark = " *" if choice.chosen in point.by_seed.values() else ""
-            row[-1] = _interval(point.score, metric) + mark
+            mark = " *" if chosen in point.by_seed.values() else ""
+            row[-1] = cell(metric, point.score.as_json()) + mark
     title = f"{metric_name(metric)} on {rows} validation rows, by traces learned from"
     return Grid(title, ["traces", "items", "tokens", *columns, *mean], cells)
 
 
-def write_growth(file: Path, scored: Sequence[Scored], choice: Choice, metric: str) -> None:
+def write_growth(file: Path, scored: Sequence[Scored], chosen: Scored, metric: str) -> None:
     """The figure as SVG, whole or not at all; the same scores give the same bytes."""
     stream = StringIO()
     no_metadata: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with mpl.rc_context(SETTINGS), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
-        figure = draw_growth(scored, choice, metric)
+        figure = draw_growth(scored, chosen, metric)
         figure.savefig(stream, format="svg", facecolor="white", metadata=no_metadata)
     write_text(file, stream.getvalue())
 
 
-def draw_growth(scored: Sequence[Scored], choice: Choice, metric: str) -> Figure:
+def draw_growth(scored: Sequence[Scored], chosen: Scored, metric: str) -> Figure:
     """Score against number of items, in the order of the traces."""
     figure = Figure(figsize=(5.4, 3.3))
     figure.subplots_adjust(left=0.13, right=0.97, bottom=0.16, top=0.89)
@@ -103,7 +103,6 @@ def draw_growth(scored: Sequence[Scored], choice: Choice, metric: str) -> Figure
             label="a seed each" if seed == seeds[0] else None,
         )
     _draw_mean(axes, points, scale)
-    chosen = choice.chosen
     axes.plot(
         chosen.candidate.items,
         scale * chosen.mean,
@@ -139,7 +138,9 @@ def _draw_mean(axes: Axes, points: Sequence[Point], scale: float) -> None:
 
 
 def _label(axes: Axes, metric: str, rows: int) -> None:
-    axes.set_title(f"{metric_name(metric)} by items learned", loc="left", fontsize=10.5, weight="bold")
+    axes.set_title(
+        f"{metric_name(metric)} by items learned", loc="left", fontsize=10.5, weight="bold"
+    )
     axes.set_xlabel("items in the experience")
     axes.set_ylabel(f"% of {rows} validation rows" if is_share(metric) else f"mean of {rows} rows")
     if is_share(metric):
@@ -153,20 +154,20 @@ def _label(axes: Axes, metric: str, rows: int) -> None:
     axes.legend(frameon=False, fontsize=8.5, handlelength=2.2)
 
 
-def _by_seed(point: Point, seeds: Sequence[int], choice: Choice, metric: str) -> list[str]:
-    return [_cell(point.by_seed.get(seed), choice, metric) for seed in seeds]
+def _by_seed(point: Point, seeds: Sequence[int], chosen: Scored, metric: str) -> list[str]:
+    return [_score(point.by_seed.get(seed), chosen, metric) for seed in seeds]
 
 
-def _ends(point: Point, choice: Choice, metric: str) -> list[str]:
+def _ends(point: Point, chosen: Scored, metric: str) -> list[str]:
     ordered = sorted(point.by_seed.values(), key=lambda one: one.mean)
     low, high = (_number(one.mean, metric) for one in (ordered[0], ordered[-1]))
-    return [low, high + (" *" if choice.chosen in ordered else "")]
+    return [low, high + (" *" if chosen in ordered else "")]
 
 
-def _cell(one: Scored | None, choice: Choice, metric: str) -> str:
+def _score(one: Scored | None, chosen: Scored, metric: str) -> str:
     if one is None:
         return ""
-    return _number(one.mean, metric) + (" *" if one == choice.chosen else "")
+    return _number(one.mean, metric) + (" *" if one == chosen else "")
 
 
 def _tokens(point: Point) -> float:
@@ -175,10 +176,3 @@ def _tokens(point: Point) -> float:
 
 def _number(value: float, metric: str) -> str:
     return f"{100 * value:.1f} %" if is_share(metric) else f"{value:.3f}"
-
-
-def _interval(found: Estimate, metric: str) -> str:
-    if is_share(metric):
-        low, high = 100 * found.low, 100 * found.high
-        return f"{_number(found.mean, metric)} [{low:.0f}, {high:.0f}]"
-    return f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]"

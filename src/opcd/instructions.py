@@ -57,24 +57,27 @@ class Instructions:
         return [text for heading, text in self.turns if heading == "assistant"]
 
 
-def load_instructions(name: str, slots: Sequence[str], folder: Path | None) -> Instructions:
+def load_instructions(
+    name: str, slots: Sequence[str], folder: Path | None, shipped: str = "authoring_prompts"
+) -> Instructions:
     """The instructions of a file in the user's folder, or of the shipped one.
 
     Args:
         name: of the file, such as `topics.md`.
         slots: those that the file must have.
         folder: the user's own; without one, the package's.
+        shipped: the package's folder.
 
     Raises:
         AuthoringError: the file is missing or malformed, or lacks a slot.
     """
-    source = (folder or resources.files("opcd") / "authoring_prompts") / name
+    source = (folder or resources.files("opcd") / shipped) / name
     try:
         text = source.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise AuthoringError(
-            f"--instructions {str(folder)!r}: {name} cannot be read ({error}); copy the shipped "
-            "topics.md and messages.md into the folder and change those"
+            f"instructions {str(folder)!r}: {name} cannot be read ({error}); copy the shipped "
+            f"files of {shipped} into the folder and change those"
         ) from error
     return parse_instructions(text, name, slots)
 

@@ -50,16 +50,17 @@ def gap_of(config: Run) -> dict[str, Any]:
 
 def evaluate_run(path: Path, split: str = "test") -> Evaluation:
     """Measure a run's best weights on a split, and write `evaluation.json` and `answers.jsonl`."""
-    return _evaluate_best(*open_baked(path), split)
+    return evaluate_best(*open_baked(path), split)
 
 
 def evaluate_outcome(outcome: Outcome, split: str = "test") -> Evaluation:
     """The same for a run that was just trained, with what it has loaded already."""
     load_weights(outcome.parts.student, outcome.folder.best)
-    return _evaluate_best(outcome.folder, outcome.parts, outcome.best["step"], split)
+    return evaluate_best(outcome.folder, outcome.parts, outcome.best["step"], split)
 
 
-def _evaluate_best(folder: RunFolder, parts: Parts, step: int, split: str) -> Evaluation:
+def evaluate_best(folder: RunFolder, parts: Parts, step: int, split: str) -> Evaluation:
+    """The same for parts that have a run's best weights in their student."""
     found = evaluate(parts, split, f"step-{step}")
     write_json(folder.evaluation, found.summary)
     for file, rows in ((folder.answers, found.answers), (folder.token_kl, found.tokens)):

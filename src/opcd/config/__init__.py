@@ -7,6 +7,7 @@ from opcd.config.run import (
     derive,
     differences,
     dump_config,
+    flat_differences,
     load_config,
     read_rates,
 )
@@ -17,6 +18,7 @@ __all__ = [
     "derive",
     "differences",
     "dump_config",
+    "flat_differences",
     "inputs",
     "load_config",
     "read_rates",

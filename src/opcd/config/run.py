@@ -190,7 +190,7 @@ def derive(run: Run, **changes: Any) -> Run:
     """
     tree = run.model_dump(mode="json")
     for key, value in changes.items():
-        tree[key] = {**tree[key], **value} if isinstance(value, dict) else value
+        tree[key] = {**(tree[key] or {}), **value} if isinstance(value, dict) else value
     return _parse(tree, run.out / str(tree["name"]))
 
 
@@ -248,7 +248,12 @@ def _starts_from_store(run: Run) -> bool:
 
 def differences(ours: Run, theirs: Run) -> list[str]:
     """The keys in which two runs differ, as `key.path: ours -> theirs`."""
-    left, right = (dict(_leaves(run.model_dump(mode="json"))) for run in (ours, theirs))
+    return flat_differences(*(run.model_dump(mode="json") for run in (ours, theirs)))
+
+
+def flat_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """The keys in which two trees differ, as `key.path: ours -> theirs`."""
+    left, right = dict(_leaves(ours)), dict(_leaves(theirs))
     keys = sorted(left.keys() | right.keys())
     return [
         f"{key}: {left.get(key)!r} -> {right.get(key)!r}"

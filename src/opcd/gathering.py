@@ -1,0 +1,337 @@
+"""The stages of a round with their files: solve, extract, accumulate.
+
+Each runs what is missing before it and nothing that is there already, so that an interrupted one
+goes on where it was. Answers of the extractor are appended as they come; items and experiences are
+computed from them, and so come out the same however often one was interrupted.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from opcd.assembly import Parts
+from opcd.config import flat_differences
+from opcd.config.experience import Experience
+from opcd.errors import ConfigError, RunFolderError, TraceError
+from opcd.experience import Accumulation, Limits, raw_text
+from opcd.extraction import (
+    Extractor,
+    build_extractor,
+    instructions_of,
+    items_of,
+    request_for,
+    settings_of,
+)
+from opcd.runs import RoundFolder, append_jsonl, mend_jsonl, read_jsonl, write_json, write_text
+from opcd.solving import solve
+from opcd.traces import Trace, read_traces
+
+CHUNK_REQUESTS = 64
+"""So many prompts are sent to the extractor together, then their answers are saved."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the extractor wrote of one trace; a row of `answers.jsonl`."""
+
+    step: int
+    trace: str
+    model: str
+    text: str
+    finished: bool = True
+    skipped: str = ""
+    """Why it was not asked: its prompt did not fit."""
+
+    @property
+    def items(self) -> list[str]:
+        """The items in it."""
+        return items_of(self.text, self.finished)[0]
+
+    @property
+    def malformed(self) -> int:
+        """How many of its pieces are none."""
+        return items_of(self.text, self.finished)[1]
+
+
+@dataclass
+class Gathering:
+    """One round of a run: what it learns from, and where that is kept."""
+
+    parts: Parts
+    folder: RoundFolder
+    number: int = 1
+    """The round."""
+    say: Callable[[str], object] = field(default=lambda _: None)
+    notes: list[str] = field(default_factory=list)
+    """What was left out, for people."""
+
+    @property
+    def experience(self) -> Experience:
+        """The run's `[experience]` table.
+
+        Raises:
+            ConfigError: it has none.
+        """
+        if self.parts.config.experience is None:
+            raise ConfigError(
+                "the run has no [experience] table, so nothing is to be gathered; write one, with "
+                'problems = "problems.jsonl"'
+            )
+        return self.parts.config.experience
+
+    @property
+    def store(self) -> Path:
+        """The trajectory store."""
+        return self.experience.store or self.folder.traces
+
+    @cached_property
+    def extractor(self) -> Extractor:
+        """Whoever writes the items; loaded when there is something to write."""
+        return build_extractor(self.parts, self.experience)
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text in the run's own tokenizer."""
+        return len(self.parts.renderer.encode(text))
+
+
+def gather_traces(round_: Gathering) -> list[list[Trace]]:
+    """The traces of each accumulation: solved, or dealt out from a store that others filled.
+
+    Raises:
+        TraceError: there are none.
+        RunFolderError: those that are there were made with other settings.
+    """
+    experience, number = round_.experience, round_.number
+    stored = read_traces(round_.store)
+    if "extraction" not in round_.parts.items:
+        return deal(round_, [t for t in stored if t.round in (None, number)])
+    own = [t for t in stored if t.id.startswith(f"round-{number}/")]
+    _check_settings(round_, "solving", _solving_settings(round_), bool(own))
+    if others := sum(t.seed is None for t in stored):
+        round_.notes.append(
+            f"{others} traces of others in {round_.store.name} are not read, since the run has "
+            "problems of its own; leave experience.problems out to learn from those"
+        )
+    return solve(round_.parts, experience, round_.store, number, round_.say)
+
+
+def deal(round_: Gathering, stored: Sequence[Trace]) -> list[list[Trace]]:
+    """Traces of a store, in an order of its own for each accumulation.
+
+    Those that an accumulation has learned from already stay where they are, so that a store may
+    grow in between.
+    """
+    if not stored:
+        raise TraceError(
+            f"experience.store = {str(round_.store)!r} holds no trace of round {round_.number}; "
+            "let the service append some, or give the run problems of its own"
+        )
+    by_id = {trace.id: trace for trace in stored}
+    steps = min(round_.experience.steps, len(stored))
+    if steps < round_.experience.steps:
+        round_.notes.append(
+            f"the store holds {steps} traces, so accumulations stop there instead of at "
+            f"experience.steps = {round_.experience.steps}"
+        )
+    dealt: list[list[Trace]] = []
+    for seed in range(round_.experience.seeds):
+        used = [answer.trace for answer in read_answers(round_, seed)]
+        rest = sorted(by_id.keys() - set(used), key=lambda id_: _hash(f"{seed}/{id_}"))
+        dealt.append([by_id[id_] for id_ in [*used, *rest][:steps] if id_ in by_id])
+    return dealt
+
+
+def extract(round_: Gathering, traces: Sequence[Sequence[Trace]]) -> list[list[Answer]]:
+    """What the extractor writes of every trace, in the order of each accumulation.
+
+    Without the items so far in its view, all are asked side by side; with them, one step of all
+    accumulations after another.
+    """
+    experience = round_.experience
+    seeds = range(experience.seeds)
+    has_answers = any(round_.folder.answers(seed).is_file() for seed in seeds)
+    settings = settings_of(round_.parts.config, experience)
+    _check_settings(round_, "extracting", settings, has_answers)
+    known = [read_answers(round_, seed)[: len(traces[seed])] for seed in seeds]
+    longest = max(map(len, traces))
+    if not experience.with_previous:
+        _ask(round_, traces, known, longest)
+    for step in range(1, longest + 1):
+        _ask(round_, traces, known, step)
+    return known
+
+
+def _ask(
+    round_: Gathering,
+    traces: Sequence[Sequence[Trace]],
+    known: Sequence[list[Answer]],
+    until: int,
+) -> None:
+    """Have the missing answers up to a step written, saved and added to the known ones."""
+    missing = [
+        (seed, step)
+        for step in range(1, until + 1)
+        for seed, done in enumerate(known)
+        if len(done) < step <= len(traces[seed])
+    ]
+    instructions = instructions_of(round_.experience)
+    shown = [""] * len(known)
+    if missing and round_.experience.with_previous:
+        shown = [grow(round_, traces[s], done).text for s, done in enumerate(known)]
+    for start in range(0, len(missing), CHUNK_REQUESTS):
+        chunk = missing[start : start + CHUNK_REQUESTS]
+        requests = [
+            request_for(
+                instructions,
+                traces[seed][step - 1],
+                f"round-{round_.number}/seed-{seed}/step-{step}",
+                step,
+                shown[seed],
+            )
+            for seed, step in chunk
+        ]
+        for (seed, step), written in zip(chunk, round_.extractor.write(requests), strict=True):
+            trace = traces[seed][step - 1].id
+            model = round_.extractor.name
+            known[seed].append(
+                Answer(step, trace, model, written.text, written.finished, written.skipped)
+            )
+            _append_answer(round_, seed, known[seed][-1])
+        round_.say(f"extracted from {start + len(chunk)} of {len(missing)} traces")
+
+
+def accumulate(
+    round_: Gathering, traces: Sequence[Sequence[Trace]], answers: Sequence[Sequence[Answer]]
+) -> list[Accumulation]:
+    """Every experience after every trace, written with the fate of all items."""
+    found = [grow(round_, *both) for both in zip(traces, answers, strict=True)]
+    for seed, grown in enumerate(found):
+        for stale in round_.folder.experiences(seed)[len(grown.texts) :]:
+            stale.unlink()
+        for number, text in enumerate(grown.texts):
+            write_text(round_.folder.experience(seed, number), text)
+        rows = [json.dumps(row, ensure_ascii=False) for row in grown.rows()]
+        write_text(round_.folder.items(seed), "".join(f"{row}\n" for row in rows))
+    raw = raw_text(traces[0], round_.experience.max_tokens, round_.count_tokens)
+    write_text(round_.folder.raw, raw)
+    if not raw:
+        round_.notes.append(
+            f"no trace fits into experience.max_tokens = {round_.experience.max_tokens}, so raw.md "
+            "is empty"
+        )
+    return found
+
+
+def grow(round_: Gathering, traces: Sequence[Trace], answers: Sequence[Answer]) -> Accumulation:
+    """The experience that answers make, as far as there are any."""
+    found = round_.experience
+    limits = Limits(found.max_tokens, found.keep, found.near_duplicate)
+    grown = Accumulation(limits, round_.count_tokens)
+    for trace, answer in zip(traces, answers, strict=False):
+        grown.add(trace, answer.items, answer.model)
+    return grown
+
+
+def gather(round_: Gathering) -> list[Accumulation]:
+    """All three stages, each as far as it is missing."""
+    traces = gather_traces(round_)
+    return accumulate(round_, traces, extract(round_, traces))
+
+
+def read_answers(round_: Gathering, seed: int) -> list[Answer]:
+    """The answers of one accumulation that are there, in the order of its steps."""
+    return [Answer(**row) for row in read_jsonl(round_.folder.answers(seed))]
+
+
+def count_traces(traces: Sequence[Sequence[Trace]]) -> list[dict[str, Any]]:
+    """Each accumulation's traces, and how many of them went well, for a table."""
+    rows: list[dict[str, Any]] = []
+    for seed, own in enumerate(traces):
+        known = [trace.outcome for trace in own if trace.outcome is not None]
+        rows.append(
+            {
+                "seed": seed,
+                "traces": len(own),
+                "outcome known": len(known),
+                "mean outcome": f"{sum(known) / len(known):.2f}" if known else "-",
+            }
+        )
+    return rows
+
+
+def count_answers(answers: Sequence[Sequence[Answer]]) -> list[dict[str, Any]]:
+    """Each accumulation's answers, and what was in them, for a table."""
+    return [
+        {
+            "answers": len(own),
+            "too long to ask": sum(bool(answer.skipped) for answer in own),
+            "cut": sum(not answer.finished for answer in own),
+            "items": sum(len(answer.items) for answer in own),
+            "malformed": sum(answer.malformed for answer in own),
+        }
+        for own in answers
+    ]
+
+
+def count_items(found: Sequence[Accumulation]) -> list[dict[str, Any]]:
+    """What became of each accumulation's items, for a table."""
+    names = ("kept", "exact duplicate", "near duplicate", "over budget")
+    return [
+        {
+            **{name: grown.counts[name] for name in names},
+            "tokens": grown.count_tokens(grown.text),
+        }
+        for grown in found
+    ]
+
+
+def skipped_notes(answers: Sequence[Sequence[Answer]]) -> list[str]:
+    """What was too long to be asked, once for each reason."""
+    found = Counter(a.skipped for own in answers for a in own if a.skipped)
+    return [f"{count} traces were not read: {why}" for why, count in found.most_common(3)]
+
+
+def _append_answer(round_: Gathering, seed: int, answer: Answer) -> None:
+    path = round_.folder.answers(seed)
+    path.parent.mkdir(exist_ok=True)
+    mend_jsonl(path)
+    append_jsonl(path, [{name: getattr(answer, name) for name in Answer.__slots__}])
+
+
+def _solving_settings(round_: Gathering) -> dict[str, Any]:
+    tree = round_.parts.config.model_dump(mode="json")
+    told = {name: tree["experience"][name] for name in ("problems", "feedback")}
+    rollout = {name: tree["rollout"][name] for name in ("max_new_tokens", "temperature", "top_p")}
+    model = {name: tree["model"][name] for name in ("path", "revision")}
+    others = {name: tree[name] for name in ("seed", "game", "grader", "rendering")}
+    return {"model": model, "rollout": rollout, "experience": told, **others}
+
+
+def _check_settings(
+    round_: Gathering, stage: str, settings: dict[str, Any], has_results: bool
+) -> None:
+    """Remember what results depend on; refuse to mix those of different settings.
+
+    Raises:
+        RunFolderError: there are results of other settings.
+    """
+    file = round_.folder.settings
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    now = json.loads(json.dumps(settings))
+    if has_results and stage in known and known[stage] != now:
+        changed = "; ".join(flat_differences(known[stage], now))[:400]
+        raise RunFolderError(
+            f"{round_.folder.path} holds results of {stage} with other settings ({changed}), and "
+            "the two are not mixed; give name=... another value, or delete that folder"
+        )
+    if known.get(stage) != now:
+        write_json(file, {**known, stage: now})
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
