@@ -168,6 +168,34 @@ def grown(folder: RoundFolder, seeds: int = 2, steps: int = 4) -> None:
             folder.experience(seed, step).write_text("".join(lines), encoding="utf-8")
 
 
+def make_game_run(
+    tmp_path: Path, model_path: Path, *overrides: str, system: str = "Go down, then right."
+) -> Run:
+    """A tiny run that plays a lake of 3 x 3 with two holes, without being told the rules."""
+    folder = tmp_path / "recipe"
+    toml = write_recipe(folder, model_path, system=system)
+    tables = {"tasks =": "game = { type = 'frozen_lake', rules = false }", "grader =": ""}
+    lines = [
+        next((new for old, new in tables.items() if line.strip().startswith(old)), line)
+        for line in toml.read_text(encoding="utf-8").splitlines()
+    ]
+    toml.write_text("\n".join(lines), encoding="utf-8")
+    few = ("rollout.max_truncated_fraction=1.0", f"out={tmp_path / 'runs'}")
+    return load_config(toml, [*few, *overrides])
+
+
+def acting(renderer: Any, reply: Callable[[str, int], str]) -> ScriptedEngine:
+    """An engine whose replies to games are a function of the episode's id and the turn's number."""
+
+    def script(policy: str, prompt: Prompt) -> tuple[int, ...]:
+        episode, _, number = prompt.task_id.rpartition("/turn-")
+        if not episode:
+            return scripted(policy, prompt)
+        return (*renderer.encode(reply(episode, int(number))), END_ID)
+
+    return ScriptedEngine(script)
+
+
 def whole_run(folder: Path, model_path: Path) -> Path:
     """A tiny run beside which lies everything that a page shows, each file from its own command."""
     few = ("steps=2", "evaluation.every_steps=2", "optimizer.lr=0.02", "optimizer.warmup_steps=0")
