@@ -257,7 +257,7 @@ def _on_store(measured: Run, run: Run, folder: RoundFolder) -> Run:
     write_text(folder.prefixes, "".join(lines))
     tasks = run.tasks.model_dump(mode="json") if run.tasks else {}
     tasks["train"] = [{"type": "jsonl", "path": str(folder.prefixes.resolve())}]
-    tasks["group_by"], tasks["test_share"] = None, 0.0
+    tasks["group_by"], tasks["test_share"], tasks["extraction_share"] = None, 0.0, 0.0
     has_rows = bool(tasks.get("validation"))
     tasks["validation_share"] = 0.0 if has_rows else PREFIX_VALIDATION_SHARE
     graded = {} if has_rows else {"grader": None}
