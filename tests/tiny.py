@@ -1,7 +1,9 @@
 """Tokens, references and runs for tests of the floors that have tensors; built on `worlds`."""
 
+import hashlib
 import json
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,11 +25,12 @@ from opcd.costing import cost_run
 from opcd.costs import Prices
 from opcd.distill import StepReport, Trainer
 from opcd.programs import gap_of
-from opcd.rollouts.engine import Prompt
+from opcd.rollouts.engine import Policy, Prompt, Sampling
+from opcd.rollouts.hf import HFEngine
 from opcd.rollouts.scripted import ScriptedEngine
 from opcd.runs import RoundFolder, write_json
 from opcd.types import PromptPair, Rollout
-from worlds import END_ID, SPECIALS, tiny_llama, write_jsonl
+from worlds import END_ID, SPECIALS, tiny_llama, tokenizer, write_jsonl
 
 VOCABULARY = 300
 
@@ -157,6 +160,40 @@ def lesson_parts(tmp_path: Path, model_path: Path) -> Parts:
 
     parts.engine = ScriptedEngine(script)
     return parts
+
+
+class Learner:
+    """The real engine, but for the base model: it is scripted to learn.
+
+    Asked for lessons it writes one, with some words of the trace; asked a row, it is right on as
+    many rows as it is shown lessons.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        self.real = HFEngine(*arguments)
+        self.policy: Policy = "student"
+        self.tokenizer = tokenizer()
+
+    def use(self, policy: Policy, version: int) -> None:
+        self.policy = policy
+        self.real.use(policy, version)
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        if self.policy == "student":
+            return self.real.generate(prompts, sampling)
+        return ScriptedEngine(self.script, "base").generate(prompts, sampling)
+
+    def script(self, policy: Policy, prompt: Prompt) -> tuple[int, ...]:
+        """What the base model says."""
+        del policy
+        text = self.tokenizer.decode(list(prompt.ids))
+        if "- EXPERIENCE ITEM:" in text:
+            words = hashlib.sha256(prompt.task_id.encode()).hexdigest()[:9]
+            answer = f" lesson from {words[:3]} {words[3:6]} {words[6:]}"
+        else:
+            number = int(["0", *re.findall(r"(\d+)\?", text)][-1])
+            answer = "a" if number < text.count("- lesson from") else "b"
+        return (*self.tokenizer.encode(answer, add_special_tokens=False), END_ID)
 
 
 def grown(folder: RoundFolder, seeds: int = 2, steps: int = 4) -> None:

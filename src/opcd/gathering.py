@@ -14,9 +14,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from opcd.assembly import Parts
-from opcd.config import flat_differences
-from opcd.config.experience import Experience
+from opcd.assembly import Parts, assemble
+from opcd.config import Run, flat_differences
+from opcd.config.experience import Endpoint, Experience
+from opcd.endpoint import read_key
 from opcd.errors import ConfigError, RunFolderError, TraceError
 from opcd.experience import Accumulation, Limits, raw_text
 from opcd.extraction import (
@@ -27,7 +28,15 @@ from opcd.extraction import (
     request_for,
     settings_of,
 )
-from opcd.runs import RoundFolder, append_jsonl, mend_jsonl, read_jsonl, write_json, write_text
+from opcd.runs import (
+    RoundFolder,
+    append_jsonl,
+    mend_jsonl,
+    read_jsonl,
+    round_folder,
+    write_json,
+    write_text,
+)
 from opcd.solving import solve
 from opcd.traces import Trace, read_traces
 
@@ -72,16 +81,8 @@ class Gathering:
 
     @property
     def experience(self) -> Experience:
-        """The run's `[experience]` table.
-
-        Raises:
-            ConfigError: it has none.
-        """
-        if self.parts.config.experience is None:
-            raise ConfigError(
-                "the run has no [experience] table, so nothing is to be gathered; write one, with "
-                'problems = "problems.jsonl"'
-            )
+        """The run's `[experience]` table."""
+        assert self.parts.config.experience, "see check_experience"
         return self.parts.config.experience
 
     @property
@@ -97,6 +98,39 @@ class Gathering:
     def count_tokens(self, text: str) -> int:
         """Tokens of a text in the run's own tokenizer."""
         return len(self.parts.renderer.encode(text))
+
+
+def open_round(
+    run: Run, number: int = 1, say: Callable[[str], object] = lambda _: None
+) -> Gathering:
+    """A round of a run, with everything loaded.
+
+    Raises:
+        InputError: the run has no `[experience]` table, or something in it is wrong.
+    """
+    check_experience(run)
+    round_ = Gathering(assemble(run), round_folder(run, number), number, say)
+    for note in round_.parts.notes:
+        say(note)
+    return round_
+
+
+def check_experience(run: Run) -> Experience:
+    """What can be said before a model is loaded.
+
+    Raises:
+        ConfigError: the run has no `[experience]` table, or an endpoint's key is not set.
+        AuthoringError: the extractor's instructions are malformed.
+    """
+    if run.experience is None:
+        raise ConfigError(
+            "the run has no [experience] table, so nothing is to be gathered; write one, with "
+            'problems = "problems.jsonl"'
+        )
+    instructions_of(run.experience)
+    if isinstance(run.experience.extractor, Endpoint):
+        read_key(run.experience.extractor)
+    return run.experience
 
 
 def gather_traces(round_: Gathering) -> list[list[Trace]]:

@@ -18,9 +18,9 @@ def rounds_grid(rounds: Sequence[Mapping[str, Any]]) -> Grid:
     if "correct" not in known:
         metrics += sorted(known - {*metrics, "agreement", "truncated", "kl_nats_per_token"})
     rows = [
-        [str(one["round"]), name.replace("_", " "), *(cell(m, table.get(m)) for m in metrics)]
+        ["" if place else str(one["round"]), name, *(cell(m, table.get(m)) for m in metrics)]
         for one in measured
-        for name, table in one["conditions"].items()
+        for place, (name, table) in enumerate(one["conditions"].items())
     ]
     count = measured[0]["rows"] if measured else 0
     names = [metric_name(metric) for metric in metrics]
@@ -30,7 +30,7 @@ def rounds_grid(rounds: Sequence[Mapping[str, Any]]) -> Grid:
 def paired_words(tests: Sequence[Mapping[str, Any]], before: str = "") -> list[str]:
     """Paired tests in words."""
     return [
-        f"{before}{t['first'].replace('_', ' ')} against {t['second'].replace('_', ' ')}: "
+        f"{before}{t['first']} against {t['second']}: "
         f"{100 * t['difference']:+.1f} points {t['metric']}, p = {t['p']:.2g} ({t['test']})"
         for t in tests
     ]

@@ -14,7 +14,7 @@ from opcd.config import Run, derive
 from opcd.consolidation import consolidate
 from opcd.errors import ConfigError, NothingLearnedError, RunFolderError
 from opcd.exporting import export_run
-from opcd.gathering import Gathering, gather
+from opcd.gathering import Gathering, accumulate, extract, gather_traces, skipped_notes
 from opcd.intervals import mcnemar
 from opcd.runs import RunFolder, make_folder, read_jsonl, round_folder, write_json
 from opcd.selection import Selection, select
@@ -72,16 +72,24 @@ def open_round(run: Run, number: int, say: Say) -> Gathering:
     return Gathering(parts, round_folder(run, number), number, say)
 
 
+def gather_round(run: Run, number: int, say: Say) -> Gathering:
+    """A round with what it learns from gathered, as far as that is missing."""
+    round_ = open_round(run, number, say)
+    traces = gather_traces(round_)
+    answers = extract(round_, traces)
+    accumulate(round_, traces, answers)
+    for note in (*round_.notes, *skipped_notes(answers)):
+        say(note)
+    return round_
+
+
 def select_round(run: Run, number: int, say: Say) -> Selection:
     """Gather what is missing of a round, and choose.
 
     Raises:
         ConfigError: there is nothing to choose by.
     """
-    round_ = open_round(run, number, say)
-    gather(round_)
-    for note in round_.notes:
-        say(note)
+    round_ = gather_round(run, number, say)
     return select(round_.parts, round_.folder, say)
 
 
@@ -98,7 +106,7 @@ def consolidate_round(run: Run, number: int, say: Say) -> dict[str, Any]:
         selected = dict(select_round(run, number, say).table)
         del selected["candidates"], selected["rows"]
     else:
-        gather(open_round(run, number, say))
+        gather_round(run, number, say)
     found = consolidate(run_of_round(run, number, say), number, round_folder(run, number), say)
     return {**found, "selected": selected}
 

@@ -72,15 +72,15 @@ def solve(
 
 
 def places(parts: Parts, experience: Experience, number: int) -> Iterator[tuple[Place, Item]]:
-    """Which problem is solved where: none comes again before all have been."""
-    items = parts.items["extraction"]
+    """Which problem is solved where: none comes again before all have been, over all rounds."""
+    items, steps = parts.items["extraction"], experience.steps
     for seed in range(experience.seeds):
         order: list[Item] = []
-        while len(order) < experience.steps:
-            name = f"{parts.config.seed}/{number}/{seed}/{len(order)}"
+        while len(order) < number * steps:
+            name = f"{parts.config.seed}/{seed}/{len(order)}"
             order += random.Random(name).sample(items, len(items))
-        for step in range(1, experience.steps + 1):
-            yield Place(number, seed, step), order[step - 1]
+        for step, item in enumerate(order[(number - 1) * steps : number * steps], start=1):
+            yield Place(number, seed, step), item
 
 
 def attempt(

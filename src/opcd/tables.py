@@ -164,6 +164,12 @@ def authored_table(found: "Authored", limits: Limits) -> Table:
     return table
 
 
+def counts_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One row for each accumulation, a column for each count."""
+    cells = [[str(value) for value in row.values()] for row in rows]
+    return Grid(title, list(rows[0]), cells).for_terminal()
+
+
 def harness_table(found: Mapping[str, Any]) -> Table:
     """Each metric of each benchmark by condition, and baked minus base, with standard errors."""
     limit = f", at most {found['limit']} rows of a task" if found["limit"] else ""

@@ -1,0 +1,80 @@
+"""Verbs of learning from experience; heavy imports wait until a verb needs them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from opcd.gathering import Gathering
+
+app = typer.Typer()
+console = Console()
+
+ConfigPath = Annotated[Path, typer.Argument(help="The run's TOML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="key.path=value ...", show_default=False)
+]
+
+
+@app.command()
+def solve(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Let the model solve problems without any experience; appends to traces.jsonl."""
+    round_ = _open(config, overrides)
+    from opcd.gathering import count_traces, gather_traces
+
+    _show(round_, "traces", count_traces(gather_traces(round_)))
+    console.print(f"{round_.store}: the traces; read some", markup=False, highlight=False)
+
+
+@app.command()
+def extract(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Have a model write down what each trace teaches; solves first what is missing."""
+    round_ = _open(config, overrides)
+    from opcd import gathering as stages
+
+    traces = stages.gather_traces(round_)
+    answers = stages.extract(round_, traces)
+    round_.notes += stages.skipped_notes(answers)
+    rows = zip(stages.count_traces(traces), stages.count_answers(answers), strict=True)
+    _show(round_, "what the extractor wrote", [{**one, **two} for one, two in rows])
+
+
+@app.command()
+def accumulate(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Append what was written to experiences within their budget; extracts first what is missing.
+
+    Every intermediate experience is kept, and of every item where it comes from.
+    """
+    round_ = _open(config, overrides)
+    from opcd import gathering as stages
+
+    traces = stages.gather_traces(round_)
+    answers = stages.extract(round_, traces)
+    found = stages.accumulate(round_, traces, answers)
+    round_.notes += stages.skipped_notes(answers)
+    counted = (stages.count_traces(traces), stages.count_answers(answers))
+    rows = zip(*counted, stages.count_items(found), strict=True)
+    _show(round_, "experience", [{**one, **two, **three} for one, two, three in rows])
+    where = f"{round_.folder.path}: an experience after every trace"
+    console.print(where, markup=False, highlight=False)
+
+
+def _open(config: Path, overrides: list[str] | None) -> "Gathering":
+    """The first round of a run, with its model loaded."""
+    from opcd.config import load_config
+
+    run = load_config(config, overrides or [])
+    from opcd.gathering import open_round
+
+    return open_round(run, say=console.print)
+
+
+def _show(round_: "Gathering", title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    from opcd.tables import counts_table
+
+    console.print(counts_table(title, rows))
+    for note in round_.notes:
+        console.print(note, markup=False, highlight=False)
