@@ -242,7 +242,9 @@ def _load_student(config: Run, device: torch.device, dtype: torch.dtype) -> Any:
     model = weights.load_model(config.model.path, stored, config.model.revision)
     models.check_head(model)
     if config.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # The name it has in later versions of transformers 5, which warn of the other.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     vocabulary = model.get_output_embeddings().weight.shape[0]
     support = config.loss.support
     if support.type == "top_k" and support.k > vocabulary:
