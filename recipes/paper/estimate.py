@@ -9,8 +9,6 @@ as long as it may be, so that times are upper bounds.
 Usage: ``python estimate.py RUN.toml [key.path=value ...] [--tflops 400] [--read-tb-s 2.4]``
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 from dataclasses import dataclass
@@ -137,11 +135,12 @@ def hours(run: Run, speed: Speed) -> dict[str, float]:
     found["test"] = CONDITIONS * decode_s(run, tested_on(run), speed, turns)
     if table := run.experience:
         traces = table.seeds * table.steps
-        scored = table.seeds * math.ceil(table.steps / table.score_every) + 1
-        rows = min(table.select_rows or chosen_on(run), chosen_on(run))
         found["solving"] = decode_s(run, traces, speed, turns)
         found["extraction"] = decode_s(run, traces, speed, 1, table.max_new_tokens)
-        found["selection"] = decode_s(run, scored * rows, speed, turns)
+        if table.use == "selected":
+            scored = table.seeds * math.ceil(table.steps / table.score_every) + 1
+            rows = table.select_rows or chosen_on(run)
+            found["selection"] = decode_s(run, scored * rows, speed, turns)
     return {name: seconds / 3600 for name, seconds in found.items()}
 
 
