@@ -69,8 +69,8 @@ def memory_gb(run: Run) -> dict[str, float]:
     """Gigabytes by what they hold; `peak` is what is there at one time."""
     student = SHAPES[run.model.path]
     other = getattr(run.teacher, "path", None)
-    size = student.parameters
-    if run.model.tuning.type == "full":
+    size, full = student.parameters, run.model.tuning.type == "full"
+    if full:
         held = {"weights": 4 * size, "gradients": 4 * size, "AdamW": 8 * size}
         held["copy that answers"] = 2 * size
         held["base model"] = 2 * size
@@ -81,16 +81,15 @@ def memory_gb(run: Run) -> dict[str, float]:
         held["teacher"] = 2 * SHAPES[other].parameters
     heads = [student, student] + ([SHAPES[other]] if other else [])
     held["heads in float32"] = sum(shape.head_bytes for shape in heads)
+    # Autocast keeps the weights it has turned to bfloat16 until the pass is over.
+    casts = 2 * size if full else 0.0
+    row_bytes = student.hidden * 2 * (student.layers + LAYER_STATES)
     passing = {
         "keys and values": min(run.rollout.batch_rows, rows_of(run))
         * reach(run)
         * student.kv_bytes,
-        "a training pass": run.batch.rows_per_forward
-        * reach(run)
-        * student.hidden
-        * 2
-        * (student.layers + LAYER_STATES),
-        "AdamW's step": 4 * size if run.model.tuning.type == "full" else 0.0,
+        "a training pass": casts + run.batch.rows_per_forward * reach(run) * row_bytes,
+        "AdamW's step": 4 * size if full else 0.0,
     }
     peak = sum(held.values()) + max(passing.values())
     return {name: value / 1e9 for name, value in {**held, **passing, "peak": peak}.items()}
