@@ -5,7 +5,15 @@ import json
 import re
 from pathlib import Path
 
-from opcd.config.inputs import Column, ContextConfig, Document, Examples, Lessons, SystemPrompt
+from opcd.config.inputs import (
+    Coach,
+    Column,
+    ContextConfig,
+    Document,
+    Examples,
+    Lessons,
+    SystemPrompt,
+)
 from opcd.errors import ContextError
 from opcd.types import Context, Message, Task
 
@@ -39,6 +47,13 @@ def load_context(config: ContextConfig, task: Task) -> Context:
                     "there; fill the row's context column"
                 )
             return _place(config.template, "{context}", task.context, config.placement)
+        case Coach():
+            if config.feedback == "rubric" and not task.context:
+                raise ContextError(
+                    f"row {task.id!r} has no context, but context.feedback = 'rubric' takes what "
+                    "the coach is told from there; fill the row's context column"
+                )
+            return Context()
         case Lessons():
             if not config.files:
                 return Context()
