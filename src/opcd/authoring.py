@@ -142,8 +142,8 @@ def read_brief(path: Path) -> tuple[str, tuple[str, ...], str | None]:
     run = load_config(path)
     if run.context.type in PER_ROW:
         raise AuthoringError(
-            f"{path.name}: context.type is {run.context.type}, so there is no one context to write for; give "
-            "a text file with a context of the kind"
+            f"{path.name}: context.type is {run.context.type}, so there is no one context to write "
+            "for; give a text file with a context of the kind"
         )
     context = load_context(run.context, Task("context", ()))
     document = "" if context.user_template == "{prompt}" else context.user_template
