@@ -67,6 +67,7 @@ FLOORS = (
         "coaching",
         "consolidation",
         "growth",
+        "learning_tables",
         "rounds",
         "selection",
         "timing",

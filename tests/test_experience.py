@@ -162,3 +162,10 @@ def test_raw_traces_say_what_is_known_of_them() -> None:
 def test_a_near_duplicate_limit_outside_its_range_is_refused() -> None:
     with pytest.raises(ValueError, match="threshold"):
         grow(Limits(10, near_duplicate=0.0), ["a"])
+
+
+def test_an_item_of_the_instructions_is_nothing_learned() -> None:
+    found = Accumulation(WIDE, count, ["Write every step before you answer the question"])
+    found.add(trace(1), ["write every step before you answer the question.", "read twice"], "w")
+    assert [r.reason for r in found.records] == ["demonstration", ""]
+    assert found.text == "- read twice\n"

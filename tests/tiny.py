@@ -170,6 +170,7 @@ class Learner:
     """
 
     def __init__(self, *arguments: Any) -> None:
+        """As `HFEngine`."""
         self.real = HFEngine(*arguments)
         self.policy: Policy = "student"
         self.tokenizer = tokenizer()

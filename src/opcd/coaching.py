@@ -9,100 +9,136 @@ is counted as `coach_empty`. Knows nothing of losses.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from opcd.assembly import Item, Parts
+from opcd.config.experience import Experience
 from opcd.config.inputs import Coach
 from opcd.contexts import lessons_context
 from opcd.drawing import Rollouts
 from opcd.errors import OverLongError
-from opcd.extraction import build_extractor, items_of
+from opcd.experience import experience_text
+from opcd.extraction import SHIPPED, Request, build_extractor, items_of
+from opcd.graders import feedback_on
 from opcd.instructions import load_instructions
-from opcd.rendering import Renderer
-from opcd.types import Answered, Context, PromptPair, Task
+from opcd.types import Answered, Context, Message, PromptPair, Task
 
 SLOTS = ("prompt", "response", "feedback")
+UNKNOWN = "Nothing; judge for yourself."
+
+
+class Graded(Protocol):
+    """What `responses.respond` gives of a row."""
+
+    @property
+    def turns(self) -> tuple[Answered, ...]:
+        """Every prompt with its response."""
+        ...
+
+    @property
+    def text(self) -> str:
+        """The last response."""
+        ...
+
+    @property
+    def feedback(self) -> str:
+        """What a game said at the end."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A response that the coach is shown."""
+    """What the coach is shown."""
 
     task: Task
+    prompt: str
     response: str
     said: str = ""
     """What a game said at the end."""
 
 
-def coach_responses(parts: Parts, rollouts: Rollouts, step: int) -> list[Answered]:
+def coach_rollouts(parts: Parts, rollouts: Rollouts, step: int) -> Rollouts:
     """A step's responses, each task's with what the coach wrote on it in the teacher's prompt.
 
     The student's side and the response stay as they are, ids and all; so do anchors.
     """
     if not isinstance(parts.config.context, Coach):
-        return rollouts.answered
-    shown = _shown(parts, rollouts)
+        return rollouts
+    tasks = _tasks(parts, rollouts)
     own = [n for n, a in enumerate(rollouts.answered) if a.pair.origin == "task"]
-    seen = [shown[rollouts.answered[n].pair.task_id] for n in own]
-    seen = [
-        replace(one, response=parts.renderer.decode(rollouts.answered[n].rollout.response_ids))
-        for n, one in zip(own, seen, strict=True)
-    ]
-    found = list(rollouts.answered)
-    for n, one, context in zip(own, seen, write_lessons(parts, seen, f"{step}"), strict=True):
-        pair = found[n].pair
-        teacher_ids = _pair(parts.renderer, one.task, context).teacher_ids
-        found[n] = replace(found[n], pair=replace(pair, teacher_ids=teacher_ids))
-    return found
+    seen: list[Seen] = []
+    for given in (rollouts.answered[n] for n in own):
+        task, said = tasks[given.pair.task_id]
+        response = parts.renderer.decode(given.rollout.response_ids)
+        seen.append(Seen(task, _told(task.messages), response, said))
+    answered = list(rollouts.answered)
+    contexts = write_lessons(parts, seen, f"step-{step}")
+    for n, one, context in zip(own, seen, contexts, strict=True):
+        teacher_ids = _pair(parts, one.task, context).teacher_ids
+        answered[n] = replace(answered[n], pair=replace(answered[n].pair, teacher_ids=teacher_ids))
+    return replace(rollouts, answered=answered)
 
 
-def coach_items(parts: Parts, items: Sequence[Item], seen: Sequence[Seen]) -> list[Item]:
+def coach_items(parts: Parts, items: Sequence[Item], given: Sequence[Graded]) -> list[Item]:
     """Rows to be measured, each with what the coach wrote on the base model's response to it."""
-    contexts = write_lessons(parts, seen, "evaluation")
-    pairs = [
-        _pair(parts.renderer, item.task, context)
+    seen: list[Seen] = []
+    for item, one in zip(items, given, strict=True):
+        # The last prompt of a game tells all that happened before.
+        last = parts.renderer.decode(one.turns[-1].pair.student_ids)
+        prompt = last if item.game else _told(item.task.messages)
+        seen.append(Seen(item.task, prompt, one.text, one.feedback))
+    contexts = write_lessons(parts, seen, "measured")
+    return [
+        replace(item, pair=_pair(parts, item.task, context), context=context)
         for item, context in zip(items, contexts, strict=True)
     ]
-    return [
-        replace(item, pair=pair, context=context)
-        for item, pair, context in zip(items, pairs, contexts, strict=True)
-    ]
 
 
-def write_lessons(parts: Parts, seen: Sequence[Seen], seed: str) -> list[Context]:
-    """What the coach writes on each response, as a context; empty where it wrote no item."""
+def write_lessons(parts: Parts, seen: Sequence[Seen], name: str) -> list[Context]:
+    """What the coach writes on each response, as a context; empty where it wrote no item.
+
+    Args:
+        parts: the run.
+        seen: what it is shown.
+        name: of the occasion; decides the draws.
+    """
     config = parts.config.context
     assert isinstance(config, Coach), "asked in coach mode only"
-    instructions = load_instructions("coach.md", SLOTS, config.instructions, "experience_prompts")
-    prompts = [
-        instructions.fill(
-            {
-                "prompt": "\n\n".join(m.content for m in one.task.messages),
-                "response": one.response,
-                "feedback": feedback_of(parts, one),
-            }
+    asked = load_instructions("coach.md", SLOTS, config.instructions, SHIPPED)
+    requests = [
+        Request(
+            f"{name}/{number}/{one.task.id}",
+            tuple(
+                asked.fill(
+                    {
+                        "prompt": one.prompt,
+                        "response": one.response,
+                        "feedback": feedback_of(parts, config, one),
+                    }
+                )
+            ),
+            asked.openings[number % len(asked.openings)],
         )
-        for one in seen
+        for number, one in enumerate(seen)
     ]
-    if not prompts:
-        return []
-    coach = build_extractor(parts, config.coach, config.temperature, config.max_new_tokens, seed)
-    texts = ["\n".join(f"- {item}" for item in items_of(a)[0]) for a in coach.write(prompts)]
+    if parts.coach is None:
+        limits = {"temperature": config.temperature, "max_new_tokens": config.max_new_tokens}
+        parts.coach = build_extractor(parts, Experience(extractor=config.coach, **limits))
+    written = parts.coach.write(requests) if requests else []
+    texts = [experience_text(items_of(one.text, one.finished)[0]) for one in written]
     return [lessons_context(config.lessons, text) for text in texts]
 
 
-def feedback_of(parts: Parts, seen: Seen) -> str:
+def feedback_of(parts: Parts, config: Coach, seen: Seen) -> str:
     """What the coach is told of a response."""
-    config = parts.config.context
-    assert isinstance(config, Coach), "asked in coach mode only"
     if config.feedback == "rubric":
         return f"A good answer is to be like this: {seen.task.context}"
     if config.feedback == "none":
-        return "Nothing; judge for yourself."
-    if seen.said or parts.grader is None:
-        return seen.said
-    right = parts.grader(seen.task, seen.response).metrics.get("correct") == 1.0
-    said = f"The answer is {'right' if right else 'wrong'}."
-    return f"{said} The right answer: {seen.task.answer}" if config.feedback == "answer" else said
+        return UNKNOWN
+    if parts.grader is None:
+        return seen.said or UNKNOWN
+    outcome = parts.grader(seen.task, seen.response).metrics.get("correct")
+    return feedback_on(seen.task, outcome, config.feedback) or UNKNOWN
 
 
 def count_empty(answered: Sequence[Answered]) -> int:
@@ -111,19 +147,23 @@ def count_empty(answered: Sequence[Answered]) -> int:
     return sum(pair.student_ids == pair.teacher_ids for pair in pairs)
 
 
-def _shown(parts: Parts, rollouts: Rollouts) -> dict[str, Seen]:
-    """The task behind each prompt of a step, by the prompt's id."""
+def _tasks(parts: Parts, rollouts: Rollouts) -> dict[str, tuple[Task, str]]:
+    """The task behind each prompt of a step, by the prompt's id, and what a game said of it."""
     if parts.config.game:
         episodes = rollouts.played.episodes
-        return {t.pair.task_id: Seen(t.task, "", e.feedback) for e in episodes for t in e.turns}
-    return {item.task.id: Seen(item.task, "") for item in parts.items["train"]}
+        return {t.pair.task_id: (t.task, e.feedback) for e in episodes for t in e.turns}
+    return {item.task.id: (item.task, "") for item in parts.items["train"]}
 
 
-def _pair(renderer: Renderer, task: Task, context: Context) -> PromptPair:
+def _told(messages: Sequence[Message]) -> str:
+    return "\n\n".join(message.content for message in messages)
+
+
+def _pair(parts: Parts, task: Task, context: Context) -> PromptPair:
     """Both prompts; a lesson that does not fit is left out, where rows may be dropped."""
     try:
-        return renderer.pair(task, context)
+        return parts.renderer.pair(task, context)
     except OverLongError:
-        if renderer.config.over_long == "error":
+        if parts.config.rendering.over_long == "error":
             raise
-        return renderer.pair(task, Context())
+        return parts.renderer.pair(task, Context())

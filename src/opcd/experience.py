@@ -7,6 +7,7 @@ from and what became of it. Knows nothing of how items are written.
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from opcd.near_duplicates import SeenTexts
@@ -14,7 +15,8 @@ from opcd.traces import Trace, trace_text
 
 MARK = "- "
 
-Reason = Literal["", "exact duplicate", "near duplicate", "over budget"]
+Reason = Literal["", "demonstration", "exact duplicate", "near duplicate", "over budget"]
+"""Why an item is not in the experience; the first is empty: it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +55,19 @@ class Accumulation:
 
     limits: Limits
     count_tokens: Callable[[str], int] = field(repr=False)
+    demonstrations: Sequence[str] = ()
+    """Items that the instructions show: whoever repeats them has learned nothing."""
     records: list[Record] = field(default_factory=list)
     """Every item, in the order they were written."""
     texts: list[str] = field(default_factory=lambda: [""])
     """The experience after 0, 1, 2 ... traces."""
+
+    @cached_property
+    def _shown(self) -> SeenTexts:
+        shown = SeenTexts(self.limits.near_duplicate)
+        for text in self.demonstrations:
+            shown.add(text)
+        return shown
 
     @property
     def kept(self) -> list[Record]:
@@ -97,6 +108,8 @@ class Accumulation:
         return [asdict(record) for record in self.records]
 
     def _drop(self, record: Record, seen: SeenTexts, exact: set[str]) -> Reason:
+        if self._shown.twin_of(record.text) is not None:
+            return "demonstration"
         if _folded(record.text) in exact:
             return "exact duplicate"
         if seen.twin_of(record.text) is not None:

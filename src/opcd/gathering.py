@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from opcd.assembly import Parts, assemble
 from opcd.config import Run, flat_differences
@@ -20,7 +20,7 @@ from opcd.config.experience import Experience
 from opcd.config.extractors import Endpoint
 from opcd.endpoint import read_key
 from opcd.errors import ConfigError, RunFolderError, TraceError
-from opcd.experience import Accumulation, Limits, raw_text
+from opcd.experience import Accumulation, Limits, Reason, raw_text
 from opcd.extraction import (
     Extractor,
     build_extractor,
@@ -265,8 +265,9 @@ def accumulate(
 def grow(round_: Gathering, traces: Sequence[Trace], answers: Sequence[Answer]) -> Accumulation:
     """The experience that answers make, as far as there are any."""
     found = round_.experience
+    shown = [item for text in instructions_of(found).demonstrations for item in items_of(text)[0]]
     limits = Limits(found.max_tokens, found.keep, found.near_duplicate)
-    grown = Accumulation(limits, round_.count_tokens)
+    grown = Accumulation(limits, round_.count_tokens, shown)
     for trace, answer in zip(traces, answers, strict=False):
         grown.add(trace, answer.items, answer.model)
     return grown
@@ -290,7 +291,7 @@ def count_traces(traces: Sequence[Sequence[Trace]]) -> list[dict[str, Any]]:
         known = [trace.outcome for trace in own if trace.outcome is not None]
         rows.append(
             {
-                "seed": seed,
+                "": f"seed {seed}",
                 "traces": len(own),
                 "outcome known": len(known),
                 "mean outcome": f"{sum(known) / len(known):.2f}" if known else "-",
@@ -315,7 +316,7 @@ def count_answers(answers: Sequence[Sequence[Answer]]) -> list[dict[str, Any]]:
 
 def count_items(found: Sequence[Accumulation]) -> list[dict[str, Any]]:
     """What became of each accumulation's items, for a table."""
-    names = ("kept", "exact duplicate", "near duplicate", "over budget")
+    names = [name or "kept" for name in get_args(Reason)]
     return [
         {
             **{name: grown.counts[name] for name in names},

@@ -181,6 +181,20 @@ def grade_regex(task: Task, response: str, pattern: re.Pattern[str]) -> Score:
     return _score(True, found.strip() == str(task.answer).strip(), f"found {found!r}")
 
 
+def feedback_on(task: Task, outcome: float | None, kind: str) -> str:
+    """What somebody who reads an answer is told of it: `none`, its `outcome`, or the `answer`."""
+    if outcome is None or kind == "none":
+        return ""
+    if 0.0 < outcome < 1.0:
+        said = f"The answer is right to {outcome:.0%}."
+    else:
+        said = f"The answer is {'right' if outcome else 'wrong'}."
+    if kind != "answer" or task.answer is None:
+        return said
+    known = task.answer if isinstance(task.answer, str) else json.dumps(task.answer)
+    return f"{said} The right answer is: {known}"
+
+
 def _tagged(choices: tuple[str, ...], response: str, tag: str) -> set[str]:
     inside = re.findall(
         rf"<{re.escape(tag)}>(.*?)</{re.escape(tag)}>", response, re.DOTALL | re.IGNORECASE

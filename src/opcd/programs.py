@@ -8,6 +8,7 @@ from opcd.adapters import load_weights
 from opcd.assembly import Item, Parts, assemble
 from opcd.checking import check_context
 from opcd.config import Run
+from opcd.config.inputs import PER_ROW
 from opcd.contexts import load_context
 from opcd.errors import ContextError
 from opcd.evaluation import CONDITIONS, Evaluation, evaluate
@@ -96,9 +97,9 @@ def context_for(parts: Parts, task: Task) -> Context:
     Raises:
         ContextError: every row of the run has a context of its own.
     """
-    if parts.config.context.type == "column":
+    if parts.config.context.type in PER_ROW:
         raise ContextError(
-            "every row of this run brings its own context, so a prompt alone has none; put the "
-            "prompt and its context into a row and use opcd evaluate"
+            "every row of this run has a context of its own, so a prompt alone has none; put the "
+            "prompt into a row (with its context, if that is a column) and use opcd evaluate"
         )
     return load_context(parts.config.context, task)

@@ -9,12 +9,19 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from opcd.assembly import assemble
 from opcd.config import Run, derive
 from opcd.consolidation import consolidate
-from opcd.errors import ConfigError, NothingLearnedError, RunFolderError
+from opcd.errors import NothingLearnedError, RunFolderError
 from opcd.exporting import export_run
-from opcd.gathering import Gathering, accumulate, extract, gather_traces, skipped_notes
+from opcd.gathering import (
+    Gathering,
+    accumulate,
+    check_experience,
+    extract,
+    gather_traces,
+    open_round,
+    skipped_notes,
+)
 from opcd.intervals import mcnemar
 from opcd.runs import RunFolder, make_folder, read_jsonl, round_folder, write_json
 from opcd.selection import Selection, select
@@ -31,7 +38,7 @@ def learn(run: Run, rounds: int, say: Say) -> dict[str, Any]:
         InputError: the input, or a folder, does not fit; what is there is kept.
         RunError: a stage failed; the same command goes on from there.
     """
-    check_learns(run)
+    check_experience(run)
     folder = make_folder(run)
     done: list[dict[str, Any]] = []
     for number in range(1, rounds + 1):
@@ -44,37 +51,15 @@ def learn(run: Run, rounds: int, say: Say) -> dict[str, Any]:
     return found
 
 
-def check_learns(run: Run) -> None:
-    """Refuse a run that does not learn its context.
-
-    Raises:
-        ConfigError: naming what to write.
-    """
-    if run.experience is None:
-        raise ConfigError(
-            f"{run.name} has no [experience] table, so there is nothing to learn from; write one "
-            'with problems = "problems.jsonl", or use opcd train for a context that is given'
-        )
-
-
-def open_round(run: Run, number: int, say: Say) -> Gathering:
-    """A round with its model loaded.
+def gather_round(run: Run, number: int, say: Say) -> Gathering:
+    """A round with what it learns from gathered, as far as that is missing.
 
     Raises:
         RunFolderError: the round before it was not consolidated.
     """
-    check_learns(run)
-    parts = assemble(run_of_round(run, number, say))
-    for note in parts.notes:
-        say(note)
-    if told := starts_again(run, number, len(parts.items.get("extraction", []))):
+    round_ = open_round(run_of_round(run, number, say), number, say)
+    if told := starts_again(run, number, len(round_.parts.items.get("extraction", []))):
         say(told)
-    return Gathering(parts, round_folder(run, number), number, say)
-
-
-def gather_round(run: Run, number: int, say: Say) -> Gathering:
-    """A round with what it learns from gathered, as far as that is missing."""
-    round_ = open_round(run, number, say)
     traces = gather_traces(round_)
     answers = extract(round_, traces)
     accumulate(round_, traces, answers)
@@ -99,10 +84,8 @@ def consolidate_round(run: Run, number: int, say: Say) -> dict[str, Any]:
     Raises:
         NothingLearnedError: no experience helps.
     """
-    check_learns(run)
-    assert run.experience, "checked"
     selected: dict[str, Any] = {}
-    if run.experience.use == "selected":
+    if check_experience(run).use == "selected":
         selected = dict(select_round(run, number, say).table)
         del selected["candidates"], selected["rows"]
     else:

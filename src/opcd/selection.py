@@ -75,7 +75,6 @@ def select(parts: Parts, folder: RoundFolder, say: Say) -> Selection:
     write_growth(folder.growth, scored, choice.chosen, table["metric"])
     # The table last: whoever sees it can rely on the rest.
     write_json(folder.selection, table)
-    say(table["verdict"])
     return Selection(table, scored, choice)
 
 

@@ -165,9 +165,9 @@ def authored_table(found: "Authored", limits: Limits) -> Table:
 
 
 def counts_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """One row for each accumulation, a column for each count."""
-    cells = [[str(value) for value in row.values()] for row in rows]
-    return Grid(title, list(rows[0]), cells).for_terminal()
+    """A column for each row of counts, which are many and have long names."""
+    cells = [[name, *(str(row[name]) for row in rows)] for name in rows[0]]
+    return Grid(title, cells[0], cells[1:]).for_terminal()
 
 
 def harness_table(found: Mapping[str, Any]) -> Table:

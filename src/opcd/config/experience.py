@@ -6,10 +6,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from opcd.config.extractors import ExtractorConfig, Student
+from opcd.config.extractors import Endpoint, ExtractorConfig, Local, Student
 from opcd.config.games import GameConfig
 from opcd.config.inputs import ContextConfig, Lessons, Source, as_sources, check_template
 from opcd.config.section import Count, Section
+
+__all__ = ["Endpoint", "Experience", "ExtractorConfig", "Local", "Student", "check_beside"]
 
 
 class Experience(Section):

@@ -111,6 +111,8 @@ class Coach(Section):
         return self
 
 
+PER_ROW = ("column", "coach")
+"""Kinds of context that every row has one of its own of, so that a prompt alone has none."""
 ContextConfig = Annotated[
     SystemPrompt | Examples | Document | Column | Lessons | Coach, Field(discriminator="type")
 ]

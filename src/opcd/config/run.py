@@ -127,6 +127,29 @@ class Run(Section):
         return self
 
     @model_validator(mode="after")
+    def _coach_can_be_told(self) -> Self:
+        context = self.context
+        if not isinstance(context, inputs.Coach):
+            return self
+        if context.feedback in ("outcome", "answer") and not self.is_graded:
+            raise ValueError(
+                f'context.feedback = "{context.feedback}" but there is no [grader] to say what is '
+                'right; add one, or write context.feedback = "none" or "rubric"'
+            )
+        if context.feedback in ("answer", "rubric") and self.game:
+            raise ValueError(
+                f'context.feedback = "{context.feedback}" but a board brings no answer and no '
+                'rubric; write context.feedback = "outcome": what the game said at the end'
+            )
+        if self.most_teacher_answers or self.anchor.context_return:
+            raise ValueError(
+                "teacher_fraction (of rollout or loss.warmup) or anchor.context_return is above "
+                "0, but a coach writes the context after the student's response: nobody could "
+                "answer with it before; set them to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _sections_fit_each_other(self) -> Self:
         if self.teacher.type == "remote" and self.loss.support.type == "exact":
             raise ValueError(
@@ -225,7 +248,7 @@ def check_files(run: Run) -> None:
         TaskError: a task file is missing or empty.
     """
     for key, path in _paths_of(run):
-        if key == "experience.instructions" or (
+        if key in ("experience.instructions", "context.instructions") or (
             key == "experience.store" and not _starts_from_store(run)
         ):
             continue
@@ -322,10 +345,12 @@ def _absolute_paths(run: Run, folder: Path) -> dict[str, Any]:
         node[leaf] = str((folder / path).resolve())
     # A model may also be a hub id or an alias: only what lies there is a path.
     extractor = run.experience.extractor if run.experience else None
+    coach = getattr(run.context, "coach", None)
     for keys, named in (
         (("model",), run.model),
         (("teacher",), run.teacher),
         (("experience", "extractor"), extractor),
+        (("context", "coach"), coach),
     ):
         name = getattr(named, "path", None)
         if name and (folder / name).exists():
