@@ -29,9 +29,9 @@ def check_run(path: Path, overrides: Sequence[str] = ()) -> tuple[Run, list[str]
     check_files(run)
     train_anchors, test_anchors = load_anchors(run.anchor.path)
     grader = build_grader(run.grader) if run.grader else None
-    asked = f"episodes of up to {run.game.turns} turns" if run.game else "tasks"
+    asked, more = ("episodes", f" of up to {run.game.turns} turns") if run.game else ("tasks", "")
     facts = [
-        f"run {run.name}: {run.steps} steps of {run.tasks_per_step} {asked}, "
+        f"run {run.name}: {run.steps} steps of {run.tasks_per_step} {asked}{more}, "
         f"{run.anchors_per_step} anchors and {run.returns_per_step} {asked} with the context",
         f"anchors: {len(train_anchors.systems)} x {len(train_anchors.prompts)} to train on, "
         f"{len(test_anchors.systems)} x {len(test_anchors.prompts)} to test on",

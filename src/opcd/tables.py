@@ -130,7 +130,9 @@ def answers_table(answers: Sequence[Mapping[str, Any]], count: int) -> Table:
         table.add_column(condition, ratio=2, overflow="fold")
     stride = max(1, len(answers) // count)
     for row in answers[::stride][:count]:
-        table.add_row(row["prompt"], *(answer_text(row[condition]) for condition in CONDITIONS))
+        texts = [answer_text(row[condition]) for condition in CONDITIONS]
+        # An action in brackets would be taken for a style.
+        table.add_row(*map(escape, (row["prompt"], *texts)))
     return table
 
 
