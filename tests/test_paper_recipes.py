@@ -183,7 +183,7 @@ def writer() -> Iterator[str]:
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *_: Any) -> None: ...
+        def log_message(self, format: str, *args: Any) -> None: ...
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Writer)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -239,6 +239,16 @@ def test_every_recipe_has_a_command_and_every_command_its_own_run() -> None:
     assert {Path(words[2]).name for words in COMMANDS} == {path.name for path in RUNS}
     names = [load_config(PAPER / Path(w[2]).name, overrides_of(w)).name for w in COMMANDS]
     assert len(set(names)) == len(names) == 15
+
+
+def test_every_other_command_of_the_readme_has_keys_that_exist() -> None:
+    """Those in running text and in blocks."""
+    text = README.replace("\\\n", " ").replace("RUN.toml", "recipes/paper/medical.toml")
+    found = re.findall(r"opcd \w+ recipes/paper/\w+\.toml[^`|\n]*", text)
+    others = [words for line in found if (words := shlex.split(line)) not in COMMANDS]
+    assert {words[1] for words in others} >= {"train", "compare", "gap", "search"}
+    for words in others:
+        load_config(PAPER / Path(words[2]).name, overrides_of(words))
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=named)
