@@ -135,7 +135,10 @@ def hours(run: Run, speed: Speed) -> dict[str, float]:
     if table := run.experience:
         traces = table.seeds * table.steps
         found["solving"] = decode_s(run, traces, speed, turns)
-        found["extraction"] = decode_s(run, traces, speed, 1, table.max_new_tokens)
+        # One that sees the items so far waits for them; its seeds go beside each other.
+        calls, together = (table.steps, table.seeds) if table.with_previous else (1, traces)
+        most = table.max_new_tokens
+        found["extraction"] = calls * decode_s(run, together, speed, 1, most)
         if table.use == "selected":
             scored = table.seeds * math.ceil(table.steps / table.score_every) + 1
             rows = table.select_rows or chosen_on(run)
