@@ -294,6 +294,9 @@ def test_the_settings_are_the_papers(path: Path) -> None:
         assert run.experience.with_previous is rounds
     if run.game:
         assert not run.game.rules
+        games = run.game.boards.validation * run.game.episodes
+        assert drawn.validation_rows == games, "every validation game is played"
+        assert run.game.boards.test * run.game.episodes == 128
     thinks = "Qwen3" in run.model.path and "Instruct" not in run.model.path
     assert run.rendering.student_thinking is (True if thinks else None)
 

@@ -148,9 +148,8 @@ def hours(run: Run, speed: Speed) -> dict[str, float]:
 
 def chosen_on(run: Run) -> int:
     """Rows or games of one validation."""
-    if run.game:
-        return run.game.boards.validation * run.game.episodes
-    return run.evaluation.validation_rows or 1000
+    most = run.game.boards.validation * run.game.episodes if run.game else 1000
+    return min(run.evaluation.validation_rows or most, most)
 
 
 def tested_on(run: Run) -> int:
