@@ -7,7 +7,8 @@ import pytest
 from opcd.assembly import with_contexts
 from opcd.checking import check_context, check_run
 from opcd.config import Run, check_files, dump_config, load_config
-from opcd.config.experience import Endpoint, Experience, Local
+from opcd.config.experience import Experience
+from opcd.config.extractors import Endpoint, Local
 from opcd.config.inputs import Jsonl, Lessons, Tasks
 from opcd.errors import ConfigError, TaskError
 from opcd.tasks import load_splits
@@ -148,6 +149,23 @@ def test_no_problems_are_named_by_their_key(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "problems.jsonl", [])
     with pytest.raises(TaskError, match=r"experience\.problems has no rows"):
         load_splits(tasks_of(run), run.seed, problems=table(run).problems)
+
+
+def test_problems_may_be_a_share_of_the_train_rows(tmp_path: Path) -> None:
+    """For a data set of one split; its trajectory store need not be there yet."""
+    share = "tasks.extraction_share=0.25"
+    run = load(tmp_path, "experience.problems=[]", "experience.store=later.jsonl", share)
+    assert table(run).problems == ()
+    check_files(run)
+    splits = load_splits(tasks_of(run), run.seed)
+    assert {name: len(tasks) for name, tasks in splits.items()} == {
+        "train": 6,
+        "validation": 3,
+        "test": 3,
+        "extraction": 2,
+    }
+    with pytest.raises(ConfigError, match="the problems have two origins"):
+        load(tmp_path, share)
 
 
 def test_a_store_is_needed_at_the_start_only_without_problems(tmp_path: Path) -> None:

@@ -329,6 +329,20 @@ def test_every_grader_gives_valid_and_correct_between_0_and_1(kind: str, respons
     assert metrics["correct"] <= metrics["valid"]
 
 
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("<think>\nIs it 3?\n</think>\n\nIt is 7.", RIGHT),
+        ("Is it 3? 7?\n</think>\n\nIt is 3.", WRONG),
+        ("<think>\nIt must be 7", INVALID),
+        ("<think> 3 </think> <think> It must be 7", INVALID),
+    ],
+)
+def test_a_thought_is_no_answer(response: str, expected: tuple[float, float]) -> None:
+    """Nor is one that was cut before it ended, though the right number may stand in it."""
+    assert graded("numeric", 7, response) == expected
+
+
 def test_a_users_function_grades(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = (
         "from opcd import Score\n"

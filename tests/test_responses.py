@@ -45,6 +45,20 @@ def test_conditions_ask_the_right_weights_with_the_right_prompt(
     ]
 
 
+def test_answers_are_drawn_as_the_evaluation_says(tiny_model_path: Path, tmp_path: Path) -> None:
+    """Of one token, or of one token's mass, a warm draw is greedy; rollouts have their own."""
+
+    def texts(*overrides: str) -> list[str]:
+        parts = assemble(make_run(tmp_path, tiny_model_path, *overrides))
+        return [r.text for r in respond(parts, parts.items["train"], "base")]
+
+    greedy, warm = texts(), texts("evaluation.temperature=1.0")
+    assert warm != greedy
+    assert texts("evaluation.temperature=1.0", "evaluation.top_k=1") == greedy
+    assert texts("evaluation.temperature=1.0", "evaluation.top_p=1e-9") == greedy
+    assert texts("evaluation.temperature=1.0", "rollout.top_p=1e-9") == warm
+
+
 def test_scoring_goes_portion_by_portion_through_everything(
     tiny_model_path: Path, tmp_path: Path
 ) -> None:

@@ -193,13 +193,16 @@ def test_unicode_line_separators_do_not_end_a_row(tmp_path: Path) -> None:
 
 def test_shares_are_taken_from_train_and_nothing_is_lost(tmp_path: Path) -> None:
     rows = [{"prompt": f"q{i}", "kind": i // 4} for i in range(40)]
-    table = config(tmp_path, train=rows, test_share=0.2, validation_share=0.25, group_by="kind")
-    splits = load_splits(table, seed=0)
+    shares = {"test_share": 0.2, "validation_share": 0.25, "extraction_share": 0.3}
+    splits = load_splits(config(tmp_path, train=rows, group_by="kind", **shares), seed=0)
     assert {name: len(tasks) for name, tasks in splits.items()} == {
-        "train": 24,
+        "train": 16,
         "test": 8,
         "validation": 8,
+        "extraction": 8,
     }
+    fewer = load_splits(config(tmp_path, train=rows, group_by="kind", test_share=0.2), seed=0)
+    assert fewer["test"] == splits["test"], "what is tested does not hang on the other shares"
     assert sorted(p for tasks in splits.values() for p in prompts(tasks)) == sorted(
         row["prompt"] for row in rows
     )

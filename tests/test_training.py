@@ -318,7 +318,6 @@ def test_full_tuning_resumes_bitwise(
     assert (halves.folder.best / "model.safetensors").is_file()
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 def test_gradient_checkpointing_changes_no_number(tiny_model_path: Path, tmp_path: Path) -> None:
     """The layers are recomputed in the backward pass with the attention of the forward pass."""
     losses = []

@@ -50,8 +50,11 @@ CORPUS = (
 )
 
 
-def tokenizer(template: str | None = CHATML) -> Any:
-    """A byte-level BPE tokenizer with a chat template (`None`: without one); 300 tokens."""
+def tokenizer(template: str | None = CHATML, specials: Sequence[str] = SPECIALS) -> Any:
+    """A byte-level BPE tokenizer with a chat template (`None`: without one); 300 tokens.
+
+    The second special token opens a text and the third ends a turn.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -60,16 +63,16 @@ def tokenizer(template: str | None = CHATML) -> Any:
     backend.decoder = decoders.ByteLevel()  # type: ignore
     trainer = trainers.BpeTrainer(
         vocab_size=300,
-        special_tokens=list(SPECIALS),
+        special_tokens=list(specials),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     backend.train_from_iterator(CORPUS, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
+        bos_token=specials[1],
+        eos_token=specials[2],
+        pad_token=specials[2],
         chat_template=template,
     )
 

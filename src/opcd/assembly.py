@@ -74,6 +74,10 @@ class Parts:
 
     ahead: dict[int, list[Answered]] = field(default_factory=dict)
     """The teacher's answers to tasks of steps to come."""
+    coach: Any = None
+    """Who writes the contexts of coach mode, once somebody has asked."""
+    coached: dict[str, list[Item]] = field(default_factory=dict)
+    """Rows to be measured in coach mode, with what was written on the base model's answers."""
     keeps_hidden: bool = True
     """Whether those answers hold the teacher's hidden states, which then score them."""
 
@@ -89,7 +93,8 @@ class Parts:
     @property
     def context_tokens(self) -> int:
         """What the context adds to a request, on average over the rows."""
-        pairs = [item.pair for items in self.items.values() for item in items]
+        splits = self.coached or self.items
+        pairs = [item.pair for items in splits.values() for item in items]
         extra = [len(pair.teacher_ids) - len(pair.student_ids) for pair in pairs]
         return round(sum(extra) / len(extra))
 
@@ -115,7 +120,8 @@ def assemble(config: Run) -> Parts:
     notes = [*warnings(config), *notes]
     student = adapters.tune(student, config.model.tuning, config.seed)
     teacher, base = _build_teachers(config, accelerator, dtype, student, tokenizer)
-    notes += _share_prefix(teacher, items)
+    # What a coach will have written in front of a prompt is not known yet.
+    notes += _share_prefix(teacher, items) if config.context.type != "coach" else []
     reads_again = _why_read_again(config, student, dtype)
     notes += [reads_again] if reads_again else []
     settings = dtype, end_ids(student, tokenizer), config.rollout.batch_rows
@@ -242,7 +248,9 @@ def _load_student(config: Run, device: torch.device, dtype: torch.dtype) -> Any:
     model = weights.load_model(config.model.path, stored, config.model.revision)
     models.check_head(model)
     if config.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # The name it has in later versions of transformers 5, which warn of the other.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     vocabulary = model.get_output_embeddings().weight.shape[0]
     support = config.loss.support
     if support.type == "top_k" and support.k > vocabulary:

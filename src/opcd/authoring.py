@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from opcd.config.inputs import PER_ROW
 from opcd.contexts import load_context, read_text
 from opcd.errors import AuthoringError, OverLongError, RolloutError
 from opcd.instructions import Instructions, load_instructions
@@ -139,10 +140,10 @@ def read_brief(path: Path) -> tuple[str, tuple[str, ...], str | None]:
     from opcd.config import load_config
 
     run = load_config(path)
-    if run.context.type == "column":
+    if run.context.type in PER_ROW:
         raise AuthoringError(
-            f"{path.name}: context.type is column, so there is no one context to write for; give "
-            "a text file with a context of the kind"
+            f"{path.name}: context.type is {run.context.type}, so there is no one context to write "
+            "for; give a text file with a context of the kind"
         )
     context = load_context(run.context, Task("context", ()))
     document = "" if context.user_template == "{prompt}" else context.user_template

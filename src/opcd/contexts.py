@@ -5,7 +5,15 @@ import json
 import re
 from pathlib import Path
 
-from opcd.config.inputs import Column, ContextConfig, Document, Examples, Lessons, SystemPrompt
+from opcd.config.inputs import (
+    Coach,
+    Column,
+    ContextConfig,
+    Document,
+    Examples,
+    Lessons,
+    SystemPrompt,
+)
 from opcd.errors import ContextError
 from opcd.types import Context, Message, Task
 
@@ -33,17 +41,14 @@ def load_context(config: ContextConfig, task: Task) -> Context:
         case Document():
             return _place(config.template, "{document}", read_text(config.path), config.placement)
         case Column():
-            if not task.context:
-                raise ContextError(
-                    f"row {task.id!r} has no context, but context.type = 'column' takes it from "
-                    "there; fill the row's context column"
-                )
-            return _place(config.template, "{context}", task.context, config.placement)
+            own = _own_text(task, "type = 'column' takes it")
+            return _place(config.template, "{context}", own, config.placement)
+        case Coach():
+            if config.feedback == "rubric":
+                _own_text(task, "feedback = 'rubric' takes what the coach is told")
+            return Context()
         case Lessons():
-            if not config.files:
-                return Context()
-            number = int(hashlib.sha256(task.id.encode()).hexdigest(), 16) % len(config.files)
-            return lessons_context(config, read_text(config.files[number]))
+            return _lessons_of(config, task)
 
 
 def lessons_context(config: Lessons, experience: str) -> Context:
@@ -116,6 +121,22 @@ def read_examples(path: Path) -> tuple[Message, ...]:
                 '{"prompt": "...", "response": "..."}'
             ) from error
     return tuple(turns)
+
+
+def _own_text(task: Task, who: str) -> str:
+    if not task.context:
+        raise ContextError(
+            f"row {task.id!r} has no context, but context.{who} from there; fill the row's context "
+            "column"
+        )
+    return task.context
+
+
+def _lessons_of(config: Lessons, task: Task) -> Context:
+    if not config.files:
+        return Context()
+    number = int(hashlib.sha256(task.id.encode()).hexdigest(), 16) % len(config.files)
+    return lessons_context(config, read_text(config.files[number]))
 
 
 def _place(template: str, slot: str, text: str, placement: str) -> Context:

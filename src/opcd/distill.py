@@ -19,6 +19,7 @@ from torch import Tensor
 from opcd.adapters import trainable
 from opcd.assembly import Parts
 from opcd.batching import Batch, collate
+from opcd.coaching import coach_rollouts, count_empty
 from opcd.config.training import Direction, Loss
 from opcd.divergence import TokenStats
 from opcd.drawing import Rollouts, roll_out
@@ -60,7 +61,7 @@ def distill(parts: Parts, trainer: Trainer) -> Iterator[StepReport]:
         tally = Tally()
         with tally.timed("wall_s"):
             with tally.timed("rollout_s"):
-                rollouts = roll_out(parts, trainer.step)
+                rollouts = coach_rollouts(parts, roll_out(parts, trainer.step), trainer.step)
             count_rollouts(parts, rollouts, tally)
             answered = rollouts.answered
             loss = loss_at(parts.config.loss, trainer.step)
@@ -68,7 +69,9 @@ def distill(parts: Parts, trainer: Trainer) -> Iterator[StepReport]:
             with tally.timed("train_s"):
                 lr = update(parts, trainer, tally)
                 release_memory()
-        yield StepReport(summarise(trainer, tally, loss.direction, lr), answered)
+        is_coached = parts.config.context.type == "coach"
+        row = summarise(trainer, tally, loss.direction, lr, is_coached)
+        yield StepReport(row, answered)
 
 
 def count_rollouts(parts: Parts, rollouts: Rollouts, tally: Tally) -> None:
@@ -83,6 +86,7 @@ def count_rollouts(parts: Parts, rollouts: Rollouts, tally: Tally) -> None:
     tally.add("dropped_episodes", len(played.dropped) + len(rollouts.returned.dropped))
     tally.add("solved", sum(episode.outcome for episode in played.episodes))
     tally.add("invalid_moves", sum(episode.invalid_moves for episode in played.episodes))
+    tally.add("coach_empty", count_empty(answered))
     tally.add("processes_without_samples", not answered)
     tally.add("sequences", len(answered))
     tally.add("tasks", len(tasks))
@@ -227,7 +231,9 @@ def games_row(tally: Tally) -> dict[str, Any]:
     }
 
 
-def summarise(trainer: Trainer, tally: Tally, direction: Direction, lr: float) -> dict[str, Any]:
+def summarise(
+    trainer: Trainer, tally: Tally, direction: Direction, lr: float, is_coached: bool = False
+) -> dict[str, Any]:
     """One row of `metrics.jsonl`; `step` counts from 0."""
     return {
         "step": trainer.step - 1,
@@ -245,6 +251,7 @@ def summarise(trainer: Trainer, tally: Tally, direction: Direction, lr: float) -
         "tokens_per_response": tally.mean("response_tokens", "tasks"),
         "truncated_fraction": tally.mean("truncated", "tasks"),
         **(games_row(tally) if tally.sums["episodes"] else {}),
+        **({"coach_empty": int(tally.sums["coach_empty"])} if is_coached else {}),
         "student_entropy_nats": tally.mean("entropy_nats", "kl_tokens"),
         "student_mass_in_support": tally.mean("student_mass", "kl_tokens"),
         "teacher_mass_in_support": tally.mean("teacher_mass", "kl_tokens"),

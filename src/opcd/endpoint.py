@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from http.client import HTTPException
 from typing import Any
 
-from opcd.config.experience import Endpoint
+from opcd.config.extractors import Endpoint
 from opcd.errors import ConfigError, ExtractorError
 from opcd.extraction import Request, Written
 

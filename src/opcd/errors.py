@@ -22,6 +22,7 @@ The tree, with the exit code that the command line gives it:
         |-- DivergedError                    loss or gradient not finite too often
         |-- RolloutError                     an engine gave responses that cannot be trained on
         |-- ExtractorError                   a model that was to write items cannot be asked
+        |-- NothingLearnedError              no experience is seen to help, so none is baked in
         `-- ExportError                      an exported model that does not answer like its run
 """
 
@@ -104,6 +105,10 @@ class RolloutError(RunError):
 
 class ExtractorError(RunError):
     """The model that was to write items of experience cannot be asked."""
+
+
+class NothingLearnedError(RunError):
+    """No experience is seen to help, so that there is nothing to bake in."""
 
 
 class ExportError(RunError):

@@ -62,6 +62,66 @@ def accumulate(config: ConfigPath, overrides: Overrides = None) -> None:
     console.print(where, markup=False, highlight=False)
 
 
+@app.command()
+def select(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Score every experience on validation rows and choose one; gathers first what is missing."""
+    from opcd.config import load_config
+
+    run = load_config(config, overrides or [])
+    from opcd.growth import growth_grid
+    from opcd.rounds import select_round
+    from opcd.runs import round_folder
+
+    found = select_round(run, 1, _say)
+    rows, metric = len(found.table["rows"]), found.table["metric"]
+    console.print(growth_grid(found.scored, found.choice.chosen, metric, rows).for_terminal())
+    _say(f"* chosen: {found.table['verdict']}")
+    _say(f"{round_folder(run).growth}: the same as a figure")
+
+
+@app.command()
+def consolidate(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Bake the chosen experience in and measure it; gathers and selects first what is missing."""
+    from opcd.config import load_config
+
+    run = load_config(config, overrides or [])
+    from opcd.rounds import consolidate_round
+
+    _show_learned({"rounds": [consolidate_round(run, 1, _say)], "paired": []})
+
+
+@app.command()
+def experience(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Each begins with the model that the last one baked.")
+    ] = 1,
+) -> None:
+    """Learn from experience: solve, extract, accumulate, select, consolidate; and again."""
+    from opcd.config import load_config
+
+    run = load_config(config, overrides or [])
+    from opcd.rounds import learn
+    from opcd.runs import RunFolder
+
+    _show_learned(learn(run, rounds, _say))
+    _say(f"{RunFolder(run.out / run.name).experience}: all conditions and rounds")
+
+
+def _say(text: str) -> None:
+    console.print(text, markup=False, highlight=False)
+
+
+def _show_learned(found: Mapping[str, Any]) -> None:
+    from opcd.learning_tables import learned_lines, rounds_grid
+
+    if any(one["conditions"] for one in found["rounds"]):
+        console.print(rounds_grid(found["rounds"]).for_terminal())
+    for line in learned_lines(found):
+        _say(line)
+
+
 def _open(config: Path, overrides: list[str] | None) -> "Gathering":
     """The first round of a run, with its model loaded."""
     from opcd.config import load_config

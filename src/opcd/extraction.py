@@ -12,7 +12,8 @@ from opcd import weights
 from opcd.assembly import Parts
 from opcd.authoring import load_answering
 from opcd.config import Run
-from opcd.config.experience import Endpoint, Experience, Local, Student
+from opcd.config.experience import Experience
+from opcd.config.extractors import Endpoint, Local, Student
 from opcd.instructions import Instructions, load_instructions
 from opcd.near_duplicates import words_of
 from opcd.rendering import Renderer

@@ -16,7 +16,8 @@ from typing import Any, get_args
 
 from opcd.assembly import Parts, assemble
 from opcd.config import Run, flat_differences
-from opcd.config.experience import Endpoint, Experience
+from opcd.config.experience import Experience
+from opcd.config.extractors import Endpoint
 from opcd.endpoint import read_key
 from opcd.errors import ConfigError, RunFolderError, TraceError
 from opcd.experience import Accumulation, Limits, Reason, raw_text

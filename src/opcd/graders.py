@@ -24,8 +24,28 @@ WRAPPING = " \t\r\n.:;()[]*\"'"
 NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
+THOUGHT = ("<think>", "</think>")
+"""What a model that thinks before it answers puts around its thoughts."""
+
+
 def build_grader(config: inputs.GraderConfig) -> Grader:
-    """The grader that a `[grader]` table describes."""
+    """The grader that a `[grader]` table describes.
+
+    A thought is no answer: only what follows it is graded. A user's own function is given all.
+    """
+    grader = _grader_of(config)
+    if isinstance(config, inputs.Function):
+        return grader
+    return lambda task, response: grader(task, after_thought(response))
+
+
+def after_thought(response: str) -> str:
+    """A response without its thought; nothing is left of one that was cut while it thought."""
+    opening, closing = THOUGHT
+    return response.rpartition(closing)[2].partition(opening)[0]
+
+
+def _grader_of(config: inputs.GraderConfig) -> Grader:
     match config:
         case inputs.Exact():
             return lambda task, response: grade_exact(task, response, config.ignore_case)
@@ -159,6 +179,20 @@ def grade_regex(task: Task, response: str, pattern: re.Pattern[str]) -> Score:
         return _score(valid=True, correct=True)
     found = (match.group(1) if pattern.groups else match.group(0)) or ""
     return _score(True, found.strip() == str(task.answer).strip(), f"found {found!r}")
+
+
+def feedback_on(task: Task, outcome: float | None, kind: str) -> str:
+    """What somebody who reads an answer is told of it: `none`, its `outcome`, or the `answer`."""
+    if outcome is None or kind == "none":
+        return ""
+    if 0.0 < outcome < 1.0:
+        said = f"The answer is right to {outcome:.0%}."
+    else:
+        said = f"The answer is {'right' if outcome else 'wrong'}."
+    if kind != "answer" or task.answer is None:
+        return said
+    known = task.answer if isinstance(task.answer, str) else json.dumps(task.answer)
+    return f"{said} The right answer is: {known}"
 
 
 def _tagged(choices: tuple[str, ...], response: str, tag: str) -> set[str]:

@@ -8,6 +8,7 @@ from opcd.adapters import load_weights
 from opcd.assembly import Item, Parts, assemble
 from opcd.checking import check_context
 from opcd.config import Run
+from opcd.config.inputs import PER_ROW
 from opcd.contexts import load_context
 from opcd.errors import ContextError
 from opcd.evaluation import CONDITIONS, Evaluation, evaluate
@@ -50,16 +51,17 @@ def gap_of(config: Run) -> dict[str, Any]:
 
 def evaluate_run(path: Path, split: str = "test") -> Evaluation:
     """Measure a run's best weights on a split, and write `evaluation.json` and `answers.jsonl`."""
-    return _evaluate_best(*open_baked(path), split)
+    return evaluate_best(*open_baked(path), split)
 
 
 def evaluate_outcome(outcome: Outcome, split: str = "test") -> Evaluation:
     """The same for a run that was just trained, with what it has loaded already."""
     load_weights(outcome.parts.student, outcome.folder.best)
-    return _evaluate_best(outcome.folder, outcome.parts, outcome.best["step"], split)
+    return evaluate_best(outcome.folder, outcome.parts, outcome.best["step"], split)
 
 
-def _evaluate_best(folder: RunFolder, parts: Parts, step: int, split: str) -> Evaluation:
+def evaluate_best(folder: RunFolder, parts: Parts, step: int, split: str) -> Evaluation:
+    """The same for parts that have a run's best weights in their student."""
     found = evaluate(parts, split, f"step-{step}")
     write_json(folder.evaluation, found.summary)
     for file, rows in ((folder.answers, found.answers), (folder.token_kl, found.tokens)):
@@ -95,9 +97,9 @@ def context_for(parts: Parts, task: Task) -> Context:
     Raises:
         ContextError: every row of the run has a context of its own.
     """
-    if parts.config.context.type == "column":
+    if parts.config.context.type in PER_ROW:
         raise ContextError(
-            "every row of this run brings its own context, so a prompt alone has none; put the "
-            "prompt and its context into a row and use opcd evaluate"
+            "every row of this run has a context of its own, so a prompt alone has none; put the "
+            "prompt into a row (with its context, if that is a column) and use opcd evaluate"
         )
     return load_context(parts.config.context, task)

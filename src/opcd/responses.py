@@ -7,6 +7,7 @@ import torch
 
 from opcd.assembly import Item, Parts
 from opcd.chunking import chunked_stats
+from opcd.coaching import coach_items
 from opcd.config.training import Loss
 from opcd.distill import batch_of, cut_portions
 from opcd.divergence import TokenStats
@@ -51,7 +52,7 @@ class Response:
 
 
 def rows_of(parts: Parts, split: str, limit: int | None) -> list[Item]:
-    """The first rows of a split.
+    """The first rows of a split; in coach mode with what was written on the base's answers.
 
     Raises:
         TaskError: the run has no such split.
@@ -65,7 +66,12 @@ def rows_of(parts: Parts, split: str, limit: int | None) -> list[Item]:
                 else f"add tasks.{split}, or tasks.{split}_share to take it from the train rows"
             )
         )
-    return parts.items[split][:limit]
+    items = parts.items[split][:limit]
+    if parts.config.context.type != "coach":
+        return items
+    if len(parts.coached.get(split, ())) < len(items):
+        parts.coached[split] = coach_items(parts, items, respond(parts, items, "base"))
+    return parts.coached[split][: len(items)]
 
 
 def ask(
@@ -100,9 +106,9 @@ def respond(
     """
     config = parts.config
     drawn = "/".join(part for part in (str(config.seed), condition, seed) if part)
-    if temperature is None:
-        temperature = config.evaluation.temperature
-    sampling = Sampling(temperature, config.rollout.top_p, drawn)
+    how = config.evaluation
+    warmth = how.temperature if temperature is None else temperature
+    sampling = Sampling(warmth, how.top_p, drawn, how.top_k)
     if config.game and all(item.game for item in items):
         return _play(parts, items, condition, sampling, f"{config.seed}/{seed}")
     answered = ask(parts, [item.pair for item in items], condition, sampling)

@@ -23,9 +23,12 @@ runs/NAME/
     round-N/seed-K/items.jsonl       every item with where it comes from and what became of it
     round-N/seed-K/experience-M.md   the experience after M traces
     round-N/raw.md                   traces themselves as a context
+    round-N/scores.jsonl             what each candidate got on each validation row
     round-N/selection.json           candidates with their scores
     round-N/growth.svg               score against number of items
     round-N/selected.md              the experience that was chosen; absent where none is best
+    round-N/consolidation.json       what was baked in, beside its baselines on the test rows
+    round-N/model/                   what the round begins with, from the second on
 """
 
 import json
@@ -165,9 +168,39 @@ class RoundFolder:
         return self.path / "growth.svg"
 
     @property
+    def scores(self) -> Path:
+        """What each candidate got on each row."""
+        return self.path / "scores.jsonl"
+
+    @property
     def selected(self) -> Path:
         """The experience that was chosen."""
         return self.path / "selected.md"
+
+    @property
+    def prefixes(self) -> Path:
+        """Stored prompts to train on."""
+        return self.path / "prefixes.jsonl"
+
+    @property
+    def baked_from(self) -> Path:
+        """Which texts the round's runs were trained with."""
+        return self.path / "baked_from.json"
+
+    @property
+    def raw_traces(self) -> Path:
+        """What was measured with traces themselves as the context."""
+        return self.path / "raw_traces.json"
+
+    @property
+    def consolidation(self) -> Path:
+        """All conditions on the test rows."""
+        return self.path / "consolidation.json"
+
+    @property
+    def model(self) -> Path:
+        """The model that the round begins with, where that is another round's."""
+        return self.path / "model"
 
     def seed(self, seed: int) -> Path:
         """The folder of one accumulation."""

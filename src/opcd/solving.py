@@ -4,7 +4,6 @@ Which problem stands where is a function of the run's seed alone, and solving do
 the experience, so all accumulations are solved side by side.
 """
 
-import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from opcd.assembly import Item, Parts
 from opcd.config.experience import Experience
 from opcd.drawing import play
 from opcd.envs.episodes import Episode
+from opcd.graders import feedback_on
 from opcd.responses import Response, respond
 from opcd.rollouts.engine import Sampling
 from opcd.traces import Trace, Turn, append_traces, read_traces
@@ -72,15 +72,15 @@ def solve(
 
 
 def places(parts: Parts, experience: Experience, number: int) -> Iterator[tuple[Place, Item]]:
-    """Which problem is solved where: none comes again before all have been."""
-    items = parts.items["extraction"]
+    """Which problem is solved where: none comes again before all have been, over all rounds."""
+    items, steps = parts.items["extraction"], experience.steps
     for seed in range(experience.seeds):
         order: list[Item] = []
-        while len(order) < experience.steps:
-            name = f"{parts.config.seed}/{number}/{seed}/{len(order)}"
+        while len(order) < number * steps:
+            name = f"{parts.config.seed}/{seed}/{len(order)}"
             order += random.Random(name).sample(items, len(items))
-        for step in range(1, experience.steps + 1):
-            yield Place(number, seed, step), order[step - 1]
+        for step, item in enumerate(order[(number - 1) * steps : number * steps], start=1):
+            yield Place(number, seed, step), item
 
 
 def attempt(
@@ -103,20 +103,6 @@ def attempt(
         )
         for trace, (place, item) in zip(found, planned, strict=True)
     ]
-
-
-def feedback_on(task: Task, outcome: float | None, kind: str) -> str:
-    """What the extractor is told of an answer."""
-    if outcome is None or kind == "none":
-        return ""
-    if 0.0 < outcome < 1.0:
-        said = f"The answer is right to {outcome:.0%}."
-    else:
-        said = f"The answer is {'right' if outcome else 'wrong'}."
-    if kind != "answer" or task.answer is None:
-        return said
-    known = task.answer if isinstance(task.answer, str) else json.dumps(task.answer)
-    return f"{said} The right answer is: {known}"
 
 
 def _rename(item: Item, id_: str) -> Item:

@@ -16,6 +16,7 @@ from typing import Any
 
 from opcd.anchors import AnchorSet
 from opcd.assembly import Item, Parts
+from opcd.config.inputs import PER_ROW
 from opcd.config.training import Loss
 from opcd.contexts import load_context
 from opcd.graders import form_of, grade_contains, grade_exact
@@ -105,7 +106,7 @@ def spill(parts: Parts) -> Suite:
     tasks = bare(parts.kept, parts.config.evaluation.kept_rows)
     suite = _beside_base(parts, parts.render_anchors(tasks))[2]
     shaped = form_of(parts.config.grader) if parts.config.grader else None
-    if shaped is None or parts.config.context.type == "column":
+    if shaped is None or parts.config.context.type in PER_ROW:
         return suite
     pairs = with_run_context(parts, tasks)
     for condition in ("base", "in_context", "baked"):
@@ -155,7 +156,7 @@ def leak(parts: Parts) -> Suite:
     `quoted` is the share of an answer's runs of five words that stand in the context; `talk` the
     share of answers that speak of instructions, examples or a prompt.
     """
-    if parts.config.context.type == "column":
+    if parts.config.context.type in PER_ROW:
         return {}
     suite: Suite = {}
     tasks = [Task(f"leak-{i}", (Message("user", p),)) for i, p in enumerate(LEAK_PROMPTS)]

@@ -106,10 +106,10 @@ def gap_table(gap: Mapping[str, Any]) -> Table:
     for column in ("", "base", "in_context", "difference", "p"):
         table.add_column(column, justify="right" if column else "left", overflow="fold")
     for name, found in gap["metrics"].items():
-        cells = [_cell(name, found[c]) for c in ("base", "in_context", "difference")]
+        cells = [cell(name, found[c]) for c in ("base", "in_context", "difference")]
         table.add_row(name, *cells, f"{found['p']:.2g}")
     for name in ("kl_nats_per_token", "kl_nats_per_response", "margin_nats"):
-        table.add_row(name, "", _cell(name, gap[name]), "", "")
+        table.add_row(name, "", cell(name, gap[name]), "", "")
     return table
 
 
@@ -197,7 +197,7 @@ def _suites_table(title: str, suites: Mapping[str, Any], conditions: Sequence[st
     for suite, found in suites.items():
         metrics = list(dict.fromkeys(name for rows in found.values() for name in rows))
         for metric in metrics:
-            cells = [_cell(metric, found.get(c, {}).get(metric)) for c in conditions]
+            cells = [cell(metric, found.get(c, {}).get(metric)) for c in conditions]
             table.add_row(suite, metric, *cells)
         table.add_section()
     return table
@@ -207,7 +207,8 @@ def _number(metric: str, value: float) -> str:
     return f"{100 * value:.1f} %" if is_share(metric) else f"{value:.3f}"
 
 
-def _cell(metric: str, found: Mapping[str, Any] | None) -> str:
+def cell(metric: str, found: Mapping[str, Any] | None) -> str:
+    """An estimate with its interval; empty where there is none."""
     if found is None:
         return ""
     mean, (low, high) = found["mean"], found["ci95"]

@@ -45,8 +45,8 @@ def load_splits(
         for name in SPLITS
         if getattr(config, name)
     }
-    for name, share in (("test", config.test_share), ("validation", config.validation_share)):
-        if share:
+    for name in ("test", "validation", "extraction"):
+        if share := getattr(config, f"{name}_share"):
             splits["train"], splits[name] = split_groups(splits["train"], share, seed)
     if problems:
         splits["extraction"] = mix(problems, "extraction", config.group_by, seed, notes)

@@ -5,7 +5,7 @@ import pytest
 from opcd.config.games import Boards, FrozenLake, GameConfig, Sokoban
 from opcd.envs.boards import SPLITS, Picture, symmetries
 from opcd.envs.env import Action, Env
-from opcd.envs.games import boards_of, make_env, source_of
+from opcd.envs.games import boards_of, make_env, openings_of, source_of
 from opcd.errors import GameError
 
 GAMES: tuple[GameConfig, ...] = (
@@ -44,6 +44,18 @@ def test_the_lake_in_the_docstring_has_the_boards_it_promises() -> None:
     assert "`size = 4, holes = 4, turns = 7`, which has 381." in (FrozenLake.__doc__ or "")
     with pytest.raises(GameError, match=r"381 distinct"):
         boards_of(config)
+
+
+@pytest.mark.parametrize("config", GAMES)
+def test_a_board_may_be_played_several_times(config: GameConfig) -> None:
+    """Under names of their own, so that each game has its own draws; training draws anew anyhow."""
+    often = openings_of(config.model_copy(update={"episodes": 3}))
+    for split, once in openings_of(config).items():
+        played = [opening.board for opening in often[split].values()]
+        assert list(often[split])[: len(once)] == list(once)
+        assert played == [opening.board for opening in once.values()] * (
+            1 if split == "train" else 3
+        )
 
 
 def walk(env: Env, *actions: Action) -> list[str]:

@@ -243,6 +243,17 @@ def test_top_p_keeps_the_first_token_and_those_that_reach_the_mass() -> None:
     assert shares[0] == pytest.approx(0.5 / 0.8, abs=0.02), "what stays is scaled up"
 
 
+def test_top_k_keeps_the_likeliest_and_top_p_counts_among_them() -> None:
+    """As vLLM and transformers do it: 0.5 / 0.8 of what two tokens leave is more than 0.6."""
+    grid = torch.linspace(0, 1 - 1e-9, 101, dtype=torch.float64)
+    assert set(chosen(grid, top_k=1)) == {0}
+    assert set(chosen(grid, top_k=2)) == {0, 2}
+    assert set(chosen(grid, top_k=9)) == {0, 2, 3}
+    assert set(chosen(grid, top_k=2, top_p=0.6)) == {0}
+    assert set(chosen(grid, top_p=0.6)) == {0, 2}
+    assert set(chosen(grid, top_k=3, top_p=0.81)) == {0, 2, 3}
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_frequencies_are_the_probabilities(temperature: float) -> None:
     """Chi-square of 40,000 draws over 20 tokens: below 60 but once in 100,000 times."""

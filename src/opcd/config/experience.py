@@ -1,68 +1,17 @@
 """How a run learns from experience: what it solves, who writes the lessons, what is kept."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from opcd.config.extractors import Endpoint, ExtractorConfig, Local, Student
 from opcd.config.games import GameConfig
 from opcd.config.inputs import ContextConfig, Lessons, Source, as_sources, check_template
-from opcd.config.section import Count, NonNegative, Positive, Section
+from opcd.config.section import Count, Section
 
-
-class Student(Section):
-    """The run's own model writes, as it is at the start of the round."""
-
-    type: Literal["student"] = "student"
-
-
-class Local(Section):
-    """Another model on this machine writes."""
-
-    type: Literal["local"] = "local"
-    path: str
-    """A folder, an alias or a hub id, as in `model.path`."""
-
-
-class Endpoint(Section):
-    """A server writes, asked in OpenAI's protocol at `/v1/chat/completions`."""
-
-    type: Literal["endpoint"] = "endpoint"
-    url: str
-    """Such as `http://localhost:8000/v1`; no user name or key in it."""
-    model: str
-    """The name the server knows it by."""
-    key_env: str | None = None
-    """The environment variable that holds the key; the key itself is never written anywhere."""
-    timeout_s: Positive = 120.0
-    """How long one answer may take."""
-    retries: NonNegative = 4
-    """How often a prompt is sent again after a failure that may pass."""
-    parallel: Count = 8
-    """Prompts under way together."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _holds_no_secret(cls, data: Any) -> Any:
-        # Before the fields: their own errors would show what was written, which may be the key.
-        if not isinstance(data, Mapping):
-            return data
-        if not re.fullmatch(r"https?://[^\s@?#]+", str(data.get("url"))):
-            raise ValueError(
-                "url must begin with http:// or https:// and hold no user name, key or query; "
-                'write for example url = "http://localhost:8000/v1", and key_env for the key'
-            )
-        if not re.fullmatch(r"[A-Za-z_]\w*", str(data.get("key_env") or "unset"), re.ASCII):
-            raise ValueError(
-                "key_env is no name of an environment variable; put the key into one and write "
-                'its name, for example key_env = "OPENAI_API_KEY"'
-            )
-        return data
-
-
-ExtractorConfig = Annotated[Student | Local | Endpoint, Field(discriminator="type")]
+__all__ = ["Endpoint", "Experience", "ExtractorConfig", "Local", "Student", "check_beside"]
 
 
 class Experience(Section):
@@ -134,9 +83,20 @@ class Experience(Section):
 
 
 def check_beside(
-    found: Experience, context: ContextConfig, game: GameConfig | None, has_grader: bool
+    found: Experience,
+    context: ContextConfig,
+    game: GameConfig | None,
+    has_grader: bool,
+    extraction_share: float,
 ) -> None:
     """Refuse an `[experience]` table that does not fit the rest of its run.
+
+    Args:
+        found: the table.
+        context: of the run.
+        game: of the run.
+        has_grader: whether the run has a grader.
+        extraction_share: of the run's tasks.
 
     Raises:
         ValueError: naming the keys and the way out.
@@ -148,12 +108,18 @@ def check_beside(
         )
     if game:
         _check_game(found, game)
-    elif not found.problems and found.store is None:
+    elif found.problems and extraction_share:
+        raise ValueError(
+            "experience.problems and tasks.extraction_share are both set, so the problems have two "
+            "origins; remove one of them"
+        )
+    elif not found.problems and not extraction_share and found.store is None:
         raise ValueError(
             "experience.problems is missing, and experience.store too: there is nothing to learn "
-            'from; write experience.problems = "problems.jsonl", rows that are in no other split'
+            'from; write experience.problems = "problems.jsonl", rows that are in no other split, '
+            "or tasks.extraction_share = 0.1 to take them from the train rows"
         )
-    elif found.problems and found.feedback != "none" and not has_grader:
+    elif (found.problems or extraction_share) and found.feedback != "none" and not has_grader:
         raise ValueError(
             f'experience.feedback = "{found.feedback}" but there is no [grader] to say what is '
             'right; add one, or write experience.feedback = "none"'

@@ -69,6 +69,9 @@ class Game(Section):
     """So many are answered with a warning, counted over the episode; the next one ends it."""
     rules: bool = True
     """Whether the text explains the game; if not, the rules have to be found out by playing."""
+    episodes: Count = 1
+    """How often each board is played where experience is gathered or chosen, and in tests. With few
+    boards that says more of those, and nothing of others."""
     seed: int = 0
     """Decides the boards, and on slippery ice where each step goes."""
 

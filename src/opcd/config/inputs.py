@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from opcd.config.extractors import ExtractorConfig, Student
 from opcd.config.section import Count, Section, Share
 
 SPLITS = ("train", "validation", "test")
@@ -76,8 +77,44 @@ class Lessons(Section):
         return self
 
 
+class Coach(Section):
+    """A coach writes the context of a sample from the student's very response to it.
+
+    In training the teacher then scores that response with what the coach wrote. Measured as
+    `in_context`, the base answers, the coach writes, and the base answers again with it.
+    """
+
+    type: Literal["coach"] = "coach"
+    coach: ExtractorConfig = Student()
+    """Who writes: by default the run's own model as it was before training."""
+    feedback: Literal["none", "outcome", "answer", "rubric"] = "outcome"
+    """What the coach is told of the response: nothing, right or wrong by the grader, the right
+    answer too, or what the row's `context` column asks of a good one."""
+    instructions: Path | None = None
+    """A folder with a `coach.md` of your own; default: the shipped one."""
+    temperature: Annotated[float, Field(ge=0.0)] = 0.7
+    max_new_tokens: Count = 128
+    """Of the coach's answer."""
+    placement: Literal["system", "user"] = "user"
+    template: str | None = None
+    """As in `context.type = "experience"`."""
+
+    @property
+    def lessons(self) -> Lessons:
+        """How what the coach wrote is placed."""
+        return Lessons(placement=self.placement, template=self.template)
+
+    @model_validator(mode="after")
+    def _template_has_its_slots(self) -> Self:
+        if self.template is not None:
+            check_template(self.template, "{experience}", self.placement)
+        return self
+
+
+PER_ROW = ("column", "coach")
+"""Kinds of context that every row has one of its own of, so that a prompt alone has none."""
 ContextConfig = Annotated[
-    SystemPrompt | Examples | Document | Column | Lessons, Field(discriminator="type")
+    SystemPrompt | Examples | Document | Column | Lessons | Coach, Field(discriminator="type")
 ]
 
 
@@ -139,6 +176,8 @@ class Tasks(Section):
     validation_share: Share = 0.0
     """Take this share of the train groups as validation, where no source is given."""
     test_share: Share = 0.0
+    extraction_share: Share = 0.0
+    """Take this share as problems that experience is gathered from; see `experience.problems`."""
     group_by: str | None = None
     """The column (a template, a source) whose values must not span two splits."""
 
@@ -158,8 +197,11 @@ class Tasks(Section):
                     f"{split} and {split}_share are both set, so the split has two origins; "
                     f"remove one of them"
                 )
-        if self.validation_share + self.test_share >= 1.0:
-            raise ValueError("validation_share + test_share leave no rows to train on")
+        if self.validation_share + self.test_share + self.extraction_share >= 1.0:
+            raise ValueError(
+                "validation_share, test_share and extraction_share leave no rows to train on; "
+                "lower them"
+            )
         return self
 
 

@@ -117,11 +117,35 @@ class Run(Section):
     @model_validator(mode="after")
     def _context_is_given_or_learned(self) -> Self:
         if self.experience:
-            check_beside(self.experience, self.context, self.game, self.grader is not None)
+            graded, share = self.grader is not None, getattr(self.tasks, "extraction_share", 0.0)
+            check_beside(self.experience, self.context, self.game, graded, share)
         elif isinstance(self.context, inputs.Lessons) and not self.context.files:
             raise ValueError(
                 "there is no context to bake in; write [context] with its type and path, or "
                 "[experience] to have it gathered"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _coach_can_be_told(self) -> Self:
+        context = self.context
+        if not isinstance(context, inputs.Coach):
+            return self
+        if context.feedback in ("outcome", "answer") and not self.is_graded:
+            raise ValueError(
+                f'context.feedback = "{context.feedback}" but there is no [grader] to say what is '
+                'right; add one, or write context.feedback = "none" or "rubric"'
+            )
+        if context.feedback in ("answer", "rubric") and self.game:
+            raise ValueError(
+                f'context.feedback = "{context.feedback}" but a board brings no answer and no '
+                'rubric; write context.feedback = "outcome": what the game said at the end'
+            )
+        if self.most_teacher_answers or self.anchor.context_return:
+            raise ValueError(
+                "teacher_fraction (of rollout or loss.warmup) or anchor.context_return is above "
+                "0, but a coach writes the context after the student's response: nobody could "
+                "answer with it before; set them to 0"
             )
         return self
 
@@ -189,7 +213,7 @@ def derive(run: Run, **changes: Any) -> Run:
     """
     tree = run.model_dump(mode="json")
     for key, value in changes.items():
-        tree[key] = {**tree[key], **value} if isinstance(value, dict) else value
+        tree[key] = {**(tree[key] or {}), **value} if isinstance(value, dict) else value
     return _parse(tree, run.out / str(tree["name"]))
 
 
@@ -224,7 +248,7 @@ def check_files(run: Run) -> None:
         TaskError: a task file is missing or empty.
     """
     for key, path in _paths_of(run):
-        if key == "experience.instructions" or (
+        if key in ("experience.instructions", "context.instructions") or (
             key == "experience.store" and not _starts_from_store(run)
         ):
             continue
@@ -240,7 +264,9 @@ def check_files(run: Run) -> None:
 
 def _starts_from_store(run: Run) -> bool:
     """Whether all traces are there before the run starts: it has no problems to solve."""
-    return run.experience is not None and not run.experience.problems and not run.game
+    if run.experience is None or run.game:
+        return False
+    return not (run.experience.problems or (run.tasks and run.tasks.extraction_share))
 
 
 def differences(ours: Run, theirs: Run) -> list[str]:
@@ -319,10 +345,12 @@ def _absolute_paths(run: Run, folder: Path) -> dict[str, Any]:
         node[leaf] = str((folder / path).resolve())
     # A model may also be a hub id or an alias: only what lies there is a path.
     extractor = run.experience.extractor if run.experience else None
+    coach = getattr(run.context, "coach", None)
     for keys, named in (
         (("model",), run.model),
         (("teacher",), run.teacher),
         (("experience", "extractor"), extractor),
+        (("context", "coach"), coach),
     ):
         name = getattr(named, "path", None)
         if name and (folder / name).exists():

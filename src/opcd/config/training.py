@@ -246,6 +246,10 @@ class Evaluation(Section):
     """Task rows of `context_return`, and of the KL to the teacher along a model's own answers."""
     temperature: Annotated[float, Field(ge=0.0)] = 0.0
     """0 is greedy."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Of what `top_k` leaves; a greedy answer asks for neither."""
+    top_k: Count | None = None
+    """Draw from this many tokens, the likeliest."""
     select_by: str = "correct"
     """Grader's metric that chooses the best step; where two steps are within one standard error of
     each other, the lower validation KL does."""

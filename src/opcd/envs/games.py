@@ -33,11 +33,18 @@ class Opening:
 def openings_of(config: GameConfig) -> dict[Split, dict[str, Opening]]:
     """The boards of each split by name, without the splits that have none.
 
+    A board that is played several times has as many names, hence draws of its own each time.
+
     Raises:
         GameError: there are fewer distinct boards than asked for.
     """
+    again = ["", *(f"-again-{time}" for time in range(1, config.episodes))]
     return {
-        split: {f"{split}-{n:05d}": Opening(config, board) for n, board in enumerate(boards)}
+        split: {
+            f"{split}-{n:05d}{suffix}": Opening(config, board)
+            for suffix in (again if split != "train" else [""])
+            for n, board in enumerate(boards)
+        }
         for split, boards in boards_of(config).items()
         if boards
     }

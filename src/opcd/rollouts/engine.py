@@ -34,8 +34,11 @@ class Sampling:
     temperature: float = 0.0
     """0 takes the most likely token."""
     top_p: float = 1.0
+    """Of what `top_k` leaves."""
     seed: str = ""
     """With the task id, decides every draw: not the batch a prompt happens to be in."""
+    top_k: int | None = None
+    """`None` leaves the whole vocabulary."""
 
     def uniforms(self, prompt: Prompt, count: int) -> Tensor:
         """One number in [0, 1) for each of the response's first `count` tokens."""

@@ -225,14 +225,24 @@ def choose(logits_BV: Tensor, uniforms_B: Tensor, sampling: Sampling) -> Tensor:
         return logits_BV.argmax(-1)
     precise = torch.float32 if logits_BV.device.type == "mps" else torch.float64
     probs_BV = (logits_BV / sampling.temperature).softmax(-1)
-    if sampling.top_p < 1.0:
-        sorted_BV, order_BV = probs_BV.sort(-1, descending=True)
-        # A token stays while the mass of those before it is below top_p: the first always does.
-        outside_BV = sorted_BV.cumsum(-1, dtype=precise) - sorted_BV >= sampling.top_p
-        probs_BV = probs_BV.scatter(-1, order_BV, sorted_BV.masked_fill(outside_BV, 0.0))
+    if sampling.top_k or sampling.top_p < 1.0:
+        probs_BV = likeliest(probs_BV, sampling, precise)
     cumulative_BV = probs_BV.cumsum(-1, dtype=precise)
     target_B1 = uniforms_B.to(cumulative_BV).unsqueeze(-1) * cumulative_BV[:, -1:]
     return torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(-1)
+
+
+def likeliest(probs_BV: Tensor, sampling: Sampling, precise: torch.dtype) -> Tensor:
+    """The probabilities of the first `top_k` tokens, of those the first `top_p`, of others 0."""
+    sorted_BV, order_BV = probs_BV.sort(-1, descending=True)
+    if sampling.top_k:
+        sorted_BV[:, sampling.top_k :] = 0.0
+    if sampling.top_p < 1.0:
+        before_BV = sorted_BV.cumsum(-1, dtype=precise) - sorted_BV
+        mass_B1 = sorted_BV.sum(-1, keepdim=True, dtype=precise)
+        # A token stays while the mass of those before it is below top_p: the first always does.
+        sorted_BV = sorted_BV.masked_fill(before_BV >= sampling.top_p * mass_B1, 0.0)
+    return probs_BV.scatter(-1, order_BV, sorted_BV)
 
 
 def pad_left(rows: Sequence[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,49 @@
+"""What was learned from experience as tables for a terminal."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from opcd.glossary import metric_name
+from opcd.tables import Grid, cell
+
+SHOWN = ("correct", "valid", "turns", "invalid_moves", "response_tokens")
+"""Metrics of the table, as far as the rows have them."""
+
+
+def rounds_grid(rounds: Sequence[Mapping[str, Any]]) -> Grid:
+    """All conditions of all rounds, with 95 % intervals."""
+    measured = [one for one in rounds if one["conditions"]]
+    known = {name for one in measured for table in one["conditions"].values() for name in table}
+    metrics = [name for name in SHOWN if name in known]
+    if "correct" not in known:
+        metrics += sorted(known - {*metrics, "agreement", "truncated", "kl_nats_per_token"})
+    rows = [
+        ["" if place else str(one["round"]), name, *(cell(m, table.get(m)) for m in metrics)]
+        for one in measured
+        for place, (name, table) in enumerate(one["conditions"].items())
+    ]
+    count = measured[0]["rows"] if measured else 0
+    names = [metric_name(metric) for metric in metrics]
+    return Grid(f"{count} test rows, by round", ["round", "condition", *names], rows)
+
+
+def paired_words(tests: Sequence[Mapping[str, Any]], before: str = "") -> list[str]:
+    """Paired tests in words."""
+    return [
+        f"{before}{t['first']} against {t['second']}: "
+        f"{100 * t['difference']:+.1f} points {t['metric']}, p = {t['p']:.2g} ({t['test']})"
+        for t in tests
+    ]
+
+
+def learned_lines(found: Mapping[str, Any]) -> list[str]:
+    """What to read under the table: what was chosen, what differs, what was left out."""
+    lines: list[str] = []
+    for one in found["rounds"]:
+        name = f"round {one['round']}: "
+        selected = one.get("selected") or {}
+        verdict = one.get("verdict") or selected.get("verdict")
+        lines += [name + verdict] if verdict else []
+        lines += paired_words(one["paired"], name)
+        lines += [name + note for note in one.get("notes", ())]
+    return [*lines, *paired_words(found["paired"])]

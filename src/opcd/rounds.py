@@ -1,0 +1,162 @@
+"""Learning from experience, round after round: each begins with the model that the last one baked.
+
+A round gathers (solve, extract, accumulate), selects and consolidates. Every stage goes on where it
+was and leaves alone what is done, so that the same command, interrupted anywhere, gives the same
+result.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from opcd.config import Run, derive
+from opcd.consolidation import consolidate
+from opcd.errors import NothingLearnedError, RunFolderError
+from opcd.exporting import export_run
+from opcd.gathering import (
+    Gathering,
+    accumulate,
+    check_experience,
+    extract,
+    gather_traces,
+    open_round,
+    skipped_notes,
+)
+from opcd.intervals import mcnemar
+from opcd.runs import RunFolder, make_folder, read_jsonl, round_folder, write_json
+from opcd.selection import Selection, select
+
+Say = Callable[[str], object]
+
+
+def learn(run: Run, rounds: int, say: Say) -> dict[str, Any]:
+    """Run what is missing of so many rounds; write and return `experience.json`.
+
+    Where no experience helps, the rounds end there: the model would be the same in the next one.
+
+    Raises:
+        InputError: the input, or a folder, does not fit; what is there is kept.
+        RunError: a stage failed; the same command goes on from there.
+    """
+    check_experience(run)
+    folder = make_folder(run)
+    done: list[dict[str, Any]] = []
+    for number in range(1, rounds + 1):
+        say(f"round {number} of {rounds}")
+        done.append(_learn_round(run, number, say))
+        found = {"name": run.name, "rounds": done, "paired": paired_rounds(run, done)}
+        write_json(folder.experience, found)
+        if not done[-1]["conditions"]:
+            break
+    return found
+
+
+def gather_round(run: Run, number: int, say: Say) -> Gathering:
+    """A round with what it learns from gathered, as far as that is missing.
+
+    Raises:
+        RunFolderError: the round before it was not consolidated.
+    """
+    round_ = open_round(run_of_round(run, number, say), number, say)
+    if told := starts_again(run, number, len(round_.parts.items.get("extraction", []))):
+        say(told)
+    traces = gather_traces(round_)
+    answers = extract(round_, traces)
+    accumulate(round_, traces, answers)
+    for note in (*round_.notes, *skipped_notes(answers)):
+        say(note)
+    return round_
+
+
+def select_round(run: Run, number: int, say: Say) -> Selection:
+    """Gather what is missing of a round, and choose.
+
+    Raises:
+        ConfigError: there is nothing to choose by.
+    """
+    round_ = gather_round(run, number, say)
+    return select(round_.parts, round_.folder, say)
+
+
+def consolidate_round(run: Run, number: int, say: Say) -> dict[str, Any]:
+    """Gather and choose what is missing of a round, train, and measure it.
+
+    Raises:
+        NothingLearnedError: no experience helps.
+    """
+    selected: dict[str, Any] = {}
+    if check_experience(run).use == "selected":
+        selected = dict(select_round(run, number, say).table)
+        del selected["candidates"], selected["rows"]
+    else:
+        gather_round(run, number, say)
+    found = consolidate(run_of_round(run, number, say), number, round_folder(run, number), say)
+    return {**found, "selected": selected}
+
+
+def run_of_round(run: Run, number: int, say: Say) -> Run:
+    """The run with the model that a round begins with: from the second on, the one baked before.
+
+    Raises:
+        RunFolderError: the round before was not consolidated.
+    """
+    if number == 1:
+        return run
+    baked, target = RunFolder(run.out / f"{run.name}-round-{number - 1}"), round_folder(run, number)
+    if not target.model.is_dir():
+        if not baked.best.is_dir():
+            raise RunFolderError(
+                f"round {number} begins with the model of {baked.path}, which has no best/ yet; "
+                f"finish round {number - 1} first, with opcd experience"
+            )
+        agreed = export_run(baked.path, target.model)
+        say(f"{target.model}: the model of round {number - 1}, {agreed} of its answers compared")
+    return derive(run, model={"path": str(target.model.resolve()), "revision": None})
+
+
+def starts_again(run: Run, number: int, problems: int) -> str:
+    """Words on problems that come a second time in a round, if any do."""
+    assert run.experience, "a run that learns"
+    steps = run.experience.steps
+    if not problems or number * steps <= problems:
+        return ""
+    return (
+        f"round {number} needs problems {(number - 1) * steps + 1} to {number * steps} of each "
+        f"seed's order, but there are {problems}: they start again"
+    )
+
+
+def paired_rounds(run: Run, done: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """McNemar's exact test of each round's baked model against the first base and the last one."""
+    marks: dict[str, list[float]] = {}
+    for one in done:
+        if not one["conditions"]:
+            continue
+        rows = list(read_jsonl(RunFolder(run.out / one["runs"]["baked"]).answers))
+        if rows and "correct" in rows[0]["baked"]:
+            marks.setdefault("base", [row["base"]["correct"] for row in rows])
+            marks[f"round {one['round']}"] = [row["baked"]["correct"] for row in rows]
+    names = list(marks)
+    pairs = [(name, "base") for name in names[1:]]
+    pairs += list(zip(names[2:], names[1:], strict=False))
+    return [
+        {
+            "suite": "task",
+            "metric": "correct",
+            "first": a,
+            "second": b,
+            "difference": statistics.fmean(marks[a]) - statistics.fmean(marks[b]),
+            "p": mcnemar(marks[a], marks[b]),
+            "test": "McNemar, exact",
+        }
+        for a, b in pairs
+    ]
+
+
+def _learn_round(run: Run, number: int, say: Say) -> dict[str, Any]:
+    """A consolidated round, or one in which nothing was learned, with the words for that."""
+    try:
+        return consolidate_round(run, number, say)
+    except NothingLearnedError as error:
+        say(str(error))
+        return {"round": number, "conditions": {}, "paired": [], "verdict": str(error)}
