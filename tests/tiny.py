@@ -139,7 +139,8 @@ def experience_run(tmp_path: Path, model_path: Path, *overrides: str) -> Run:
     given = """context = { type = "system_prompt", path = "system.md" }"""
     table = """experience = { problems = "problems.jsonl", seeds = 2, steps = 3 }"""
     toml.write_text(toml.read_text("utf-8").replace(given, table), encoding="utf-8")
-    return load_config(toml, [f"out={tmp_path / 'runs'}", *overrides])
+    few = ("steps=2", "evaluation.every_steps=2", "checkpoint.every_steps=1", "optimizer.lr=0.02")
+    return load_config(toml, [f"out={tmp_path / 'runs'}", *few, *overrides])
 
 
 def lesson_parts(tmp_path: Path, model_path: Path) -> Parts:
