@@ -32,6 +32,15 @@ def learner_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def player_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with room for a game whose player is warned at every turn."""
+    folder = tmp_path_factory.mktemp("player") / "model"
+    tiny_llama(positions=2048, initializer_range=0.15).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def whole_run_path(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) -> Path:
     """A tiny run with every file that a page shows. Tests that change it make a copy."""
     from tiny import whole_run

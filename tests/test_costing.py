@@ -23,9 +23,9 @@ from opcd.costing import (
 from opcd.costs import Prices
 from opcd.errors import CostsError, RunFolderError, TaskError
 from opcd.programs import evaluate_run, open_baked
-from opcd.runs import read_jsonl
+from opcd.runs import create_run, read_jsonl
 from opcd.training import train
-from tiny import SHAPE, build, make_run, random_ids
+from tiny import SHAPE, build, make_game_run, make_run, random_ids
 
 SYSTEM = "Answer every message of the shop with one word and nothing else, please. " * 4
 PRICES = Prices(1.0, 2.0, 0.25, 3.0)
@@ -232,3 +232,10 @@ def test_a_run_without_test_rows_is_refused(path: Path, tmp_path: Path) -> None:
     (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(TaskError, match="the run has no test split"):
         cost_run(copy, Prices(), [1])
+
+
+def test_a_game_has_no_request_to_measure(tmp_path: Path) -> None:
+    """Said before anything is loaded."""
+    folder = create_run(make_game_run(tmp_path, tmp_path / "no model"), overwrite=False)
+    with pytest.raises(CostsError, match=r"plays a game, whose prompts grow from turn to turn"):
+        cost_run(folder.path, PRICES, [1])

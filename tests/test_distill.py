@@ -11,12 +11,13 @@ from torch import Tensor
 
 from opcd import assembly
 from opcd.adapters import adapter_off, trainable
-from opcd.assembly import Parts, assemble
+from opcd.assembly import Parts, assemble, with_context
 from opcd.config.training import Loss, Warmup
 from opcd.distill import (
     Answered,
     Trainer,
     accumulate,
+    batch_of,
     count_rollouts,
     cut_portions,
     distill,
@@ -26,8 +27,8 @@ from opcd.drawing import roll_out
 from opcd.errors import DivergedError, RolloutError
 from opcd.tally import Tally
 from opcd.training import prepare
-from opcd.types import PromptPair, Rollout
-from tiny import make_run, nudge, parts_of, reverse_kl
+from opcd.types import Context, PromptPair, Rollout
+from tiny import log_probs_of, make_game_run, make_run, nudge, parts_of, reverse_kl
 from worlds import tiny_llama, tokenizer
 
 PLAIN = ("optimizer.schedule=constant", "optimizer.warmup_steps=0", "optimizer.lr=0.01")
@@ -291,6 +292,64 @@ def test_the_student_learns_the_context(tmp_path: Path) -> None:
     kl_nats = [r.metrics["kl_nats_per_token"] for r in distill(parts, prepare(parts))]
     assert kl_nats[0] > 0.1
     assert sum(kl_nats[-5:]) / 5 < 0.3 * kl_nats[0], kl_nats
+
+
+def test_every_turn_of_a_game_is_scored_behind_its_own_history(
+    player_path: Path, tmp_path: Path
+) -> None:
+    """Token by token, without a batch, a cache or a shared prefix: the KL of a step's samples."""
+    overrides = (*LORA, "anchor.share=0", "rollout.max_new_tokens=3", "batch.rows_per_forward=3")
+    system = "Go down, then right, and mind the holes. " * 5
+    parts = assemble(make_game_run(tmp_path, player_path, *overrides, system=system))
+    nudge(parts.student)
+    assert parts.teacher.prefix_tokens >= 64
+    parts.student.eval()
+    answered = roll_out(parts, 0).answered
+    assert any(a.pair.task_id.endswith("/turn-2") for a in answered)
+    kl_nats: list[float] = []
+    with torch.no_grad():
+        for a in answered:
+            ids = a.rollout.response_ids
+            student_TV = log_probs_of(parts.student, a.pair.student_ids, ids)
+            with adapter_off(parts.student):
+                teacher_TV = log_probs_of(parts.student, a.pair.teacher_ids, ids)
+            kl_nats += reverse_kl(student_TV, teacher_TV).tolist()
+    row = next(distill(parts, prepare(parts))).metrics
+    assert row["response_tokens"] == len(kl_nats)
+    assert row["kl_nats_per_token"] == pytest.approx(sum(kl_nats) / len(kl_nats), rel=1e-4)
+    assert row["kl_nats_per_token"] > 0.01
+
+
+def test_a_student_of_games_learns_the_context(player_path: Path, tmp_path: Path) -> None:
+    """On its own episodes, through the real engine: the KL to the teacher falls by far."""
+    overrides = (
+        *("optimizer.lr=0.003", "optimizer.warmup_steps=3", "steps=18", "anchor.share=0"),
+        *("batch.prompts_per_step=5", "rollout.max_new_tokens=3", "batch.rows_per_forward=16"),
+        'loss.warmup={direction="forward_kl", steps=7}',
+    )
+    parts = assemble(make_game_run(tmp_path, player_path, *overrides))
+    kl_nats = [r.metrics["kl_nats_per_token"] for r in distill(parts, prepare(parts))]
+    assert kl_nats[0] > 0.05
+    assert sum(kl_nats[-3:]) / 3 < 0.5 * kl_nats[0], kl_nats
+
+
+def test_items_given_another_context_are_scored_with_that_one(
+    tiny_model_path: Path, tmp_path: Path
+) -> None:
+    """The teacher has read the run's own context once, which these prompts do not begin with."""
+    system = "Answer every question in verse, and never in prose. " * 3
+    parts = assemble(make_run(tmp_path, tiny_model_path, *LORA, system=system))
+    assert parts.teacher.prefix_tokens >= 64
+    others = with_context(parts, parts.items["test"], Context(system="Answer in prose."))
+    for items, cut in ((parts.items["test"], parts.teacher.prefix_tokens), (others, 0)):
+        answered = [Answered(item.pair, Rollout(item.task.id, (9, 12, 2), True)) for item in items]
+        teacher, batch = batch_of(parts, answered)
+        assert batch.teacher.prefix_tokens == cut
+        hidden_TD = teacher.hidden(batch.teacher)
+        found_TV = teacher.head(hidden_TD).log_softmax(-1)
+        with torch.no_grad(), adapter_off(parts.student):
+            wanted = [log_probs_of(parts.student, i.pair.teacher_ids, (9, 12, 2)) for i in items]
+        assert torch.allclose(found_TV.double(), torch.cat(wanted), atol=1e-4)
 
 
 def test_adapter_off_in_a_hand_written_step_is_the_base(

@@ -3,16 +3,30 @@
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from opcd.assembly import Parts
-from opcd.drawing import answer_as_teacher, draw_pairs, roll_out
-from opcd.errors import ConfigError
+from opcd.assembly import Parts, assemble
+from opcd.distill import count_rollouts, distill
+from opcd.drawing import (
+    Rollouts,
+    answer_as_teacher,
+    draw_pairs,
+    draw_tasks,
+    name_episodes,
+    play,
+    roll_out,
+    sampling_of,
+)
+from opcd.errors import ConfigError, RolloutError
 from opcd.rollouts.engine import Prompt, Sampling
 from opcd.rollouts.scripted import ScriptedEngine
+from opcd.tally import Tally
+from opcd.training import prepare
 from opcd.types import Rollout
-from tiny import make_run, parts_of, scripted
+from tiny import acting, make_game_run, make_run, parts_of, scripted
 
 LORA = ('model.tuning={type="lora", rank=4}',)
 
@@ -95,3 +109,166 @@ def test_a_task_drawn_twice_is_answered_twice_by_the_teacher(
     assert [len(step) for step in steps] == [4] * 12, "three tasks and an anchor"
     assert len(set(asked)) == len(asked) == 48 > len({task for task, _ in asked})
     assert answer_as_teacher(parts, 5)[0].pair == steps[5][0].pair, "whatever step comes first"
+
+
+def playing(tmp_path: Path, model: Path, *overrides: str) -> Parts:
+    """Parts of a game whose player goes down, down, right, right, and thinks of [up] first."""
+    parts = assemble(make_game_run(tmp_path, model, *LORA, "rollout.max_new_tokens=40", *overrides))
+    way = ["[down]", "[down]", "[right]", "[right]", "[right]"]
+    parts.engine = acting(parts.renderer, lambda _, number: f"Not [up]. {way[number - 1]}")
+    parts.teacher_engine = parts.engine
+    return parts
+
+
+def test_every_turn_of_every_episode_is_a_sample(player_path: Path, tmp_path: Path) -> None:
+    """Behind what was seen, without the context and with it; anchors come after them as ever."""
+    parts = playing(tmp_path, player_path)
+    rollouts = roll_out(parts, 0)
+    episodes = rollouts.played.episodes
+    assert len(episodes) == 3 and rollouts.played.dropped == ()
+    turns = [turn for episode in episodes for turn in episode.turns]
+    tasks = [a for a in rollouts.answered if a.pair.origin == "task"]
+    assert [a.pair.task_id for a in tasks] == [turn.task.id for turn in turns]
+    assert [a.pair.origin for a in rollouts.answered[len(tasks) :]] == ["anchor"]
+    context = "Go down, then right."
+    for answered, turn in zip(tasks, turns, strict=True):
+        student = parts.renderer.decode(answered.pair.student_ids)
+        teacher = parts.renderer.decode(answered.pair.teacher_ids)
+        assert turn.task.messages[0].content in student and context not in student
+        assert context in teacher and teacher.endswith(student)
+        assert answered.rollout == turn.rollout
+    assert {item.task.id for item in draw_tasks(parts, 0)} == {e.id for e in episodes}
+    policies = {policy for policy, id_ in parts.engine.asked if "/turn-" in id_}  # type: ignore[attr-defined]
+    assert policies == {"student"}
+
+
+def test_metrics_say_how_the_games_went(player_path: Path, tmp_path: Path) -> None:
+    parts = playing(tmp_path, player_path, "game.turns=4", "game.invalid_moves_allowed=0")
+    found = next(distill(parts, prepare(parts)))
+    episodes = roll_out(parts, 0).played.episodes
+    row = found.metrics
+    assert row["episodes"] == 3 and row["dropped_episodes"] == 0
+    assert row["turns"] == sum(len(episode.turns) for episode in episodes)
+    assert row["turns"] == sum(a.pair.origin == "task" for a in found.answered)
+    assert row["outcome"] == sum(episode.outcome for episode in episodes) / 3
+    assert row["invalid_moves"] == sum(e.ending.kind == "invalid_moves" for e in episodes) == 0
+    tokens = [len(a.rollout.response_ids) for a in found.answered if a.pair.origin == "task"]
+    assert row["response_tokens"] == sum(tokens)
+    parts.engine = acting(parts.renderer, lambda *_: "[up]")
+    row = next(distill(parts, prepare(parts))).metrics
+    assert (row["invalid_moves"], row["turns"], row["outcome"]) == (3, 3, 0.0)
+
+
+def test_single_answers_have_no_games_to_speak_of(tiny_model_path: Path, tmp_path: Path) -> None:
+    parts = started(tmp_path, tiny_model_path, *LORA)
+    assert "episodes" not in next(distill(parts, prepare(parts))).metrics
+
+
+def test_a_board_that_is_drawn_twice_is_played_twice(player_path: Path, tmp_path: Path) -> None:
+    """On slippery ice each episode slips in its own way, and the next step's in another."""
+    slippery = ("game.slippery=true", "game.turns=8", "game.invalid_moves_allowed=8")
+    boards = "game.boards={train=1, extraction=0, validation=1, test=1}"
+    few = (boards, "batch.prompts_per_step=8", "anchor.share=0")
+    parts = playing(tmp_path, player_path, *slippery, *few)
+    parts.engine = acting(parts.renderer, lambda *_: "[down]")
+    steps = [roll_out(parts, step).played.episodes for step in (0, 0, 1)]
+    assert [e.id for e in steps[0]] == ["train-00000", *(f"train-00000/{n}" for n in range(2, 9))]
+    seen = [[tuple(t.result.observation for t in e.turns) for e in step] for step in steps]
+    assert len(set(seen[0])) > 2
+    assert seen[0] == seen[1] != seen[2]
+
+
+def test_the_teacher_plays_its_share_with_the_context(player_path: Path, tmp_path: Path) -> None:
+    """Off-policy boards are played by the base; the samples look as the student's do."""
+    parts = playing(tmp_path, player_path, "rollout.teacher_fraction=0.67", "anchor.share=0")
+    seen: dict[str, tuple[str, tuple[int, ...]]] = {}
+    script = parts.engine.script  # type: ignore[attr-defined]
+
+    def watched(policy: str, prompt: Prompt) -> tuple[int, ...]:
+        seen[prompt.task_id] = (policy, prompt.ids)
+        return script(policy, prompt)
+
+    parts.engine = parts.teacher_engine = ScriptedEngine(watched)
+    rollouts = roll_out(parts, 0)
+    by_teacher = [e for e in rollouts.played.episodes if seen[e.turns[0].task.id][0] == "base"]
+    assert (len(by_teacher), len(rollouts.played.episodes)) == (3, 4)
+    for answered in rollouts.answered:
+        policy, ids = seen[answered.pair.task_id]
+        pair = answered.pair
+        assert pair.origin == "task" and pair.teacher_ids != pair.student_ids
+        assert ids == (pair.teacher_ids if policy == "base" else pair.student_ids)
+
+
+def test_a_game_given_back_its_context_is_played_by_the_base_on_both_sides(
+    player_path: Path, tmp_path: Path
+) -> None:
+    parts = playing(tmp_path, player_path, "anchor.context_return=0.25", "anchor.share=0")
+    rollouts = roll_out(parts, 0)
+    returned = [a for a in rollouts.answered if a.pair.origin == "context_return"]
+    (board,) = {a.pair.task_id.rpartition("/turn-")[0] for a in returned}
+    assert board.startswith("train-") and board.endswith("/context_return")
+    assert len(returned) > 1 and len(rollouts.played.episodes) == 3, "it is none of the tasks"
+    for answered in returned:
+        assert answered.pair.student_ids == answered.pair.teacher_ids
+        assert answered.pair.task_id == answered.rollout.task_id
+        assert "Go down, then right." in parts.renderer.decode(answered.pair.student_ids)
+    asked: Any = parts.engine
+    assert {policy for policy, id_ in asked.asked if "/context_return" in id_} == {"base"}
+
+
+def test_processes_share_the_boards_and_nothing_else(player_path: Path, tmp_path: Path) -> None:
+    """Two processes play what one plays, each board in one of them."""
+    keys = ("anchor.context_return=0.25", "batch.prompts_per_step=8")
+    parts = playing(tmp_path, player_path, *keys, "rollout.teacher_fraction=0.5")
+    alone = roll_out(parts, 0)
+    halves: list[Rollouts] = []
+    for index in range(2):
+        parts.accelerator: Any = SimpleNamespace(process_index=index, num_processes=2)
+        parts.ahead = {}
+        halves.append(roll_out(parts, 0))
+    ids = [{a.pair.task_id for a in one.answered} for one in (alone, *halves)]
+    assert ids[0] == ids[1] | ids[2] and not ids[1] & ids[2] and ids[1] and ids[2]
+
+
+def test_an_episode_that_outgrows_the_model_is_dropped_and_counted(
+    player_path: Path, tmp_path: Path
+) -> None:
+    """Nothing of it is trained on: here, all those that come to a third turn."""
+    whole = playing(tmp_path / "whole", player_path, "anchor.share=0")
+    played = roll_out(whole, 0).played.episodes
+    short = {episode.id for episode in played if len(episode.turns) < 3}
+    assert 0 < len(short) < 4, "boards of both kinds"
+    room = max(len(turn.pair.teacher_ids) for e in played for turn in e.turns[:2])
+    keys = (f"rendering.max_prompt_tokens={room}", "rendering.over_long=drop_row")
+    parts = playing(tmp_path / "cut", player_path, "anchor.share=0", *keys)
+    assert any("dropped from training" in note for note in parts.notes)
+    tally, rollouts = Tally(), roll_out(parts, 0)
+    count_rollouts(parts, rollouts, tally)
+    assert {episode.id for episode in rollouts.played.episodes} == short
+    assert {a.pair.task_id.rpartition("/turn-")[0] for a in rollouts.answered} == short
+    assert tally.sums["dropped_episodes"] == 4 - len(short) and tally.sums["episodes"] == 4
+
+
+def test_where_every_episode_is_dropped_the_run_ends(player_path: Path, tmp_path: Path) -> None:
+    whole = playing(tmp_path / "whole", player_path, "anchor.share=0")
+    longest = max(len(item.pair.teacher_ids) for item in whole.items["train"])
+    keys = (f"rendering.max_prompt_tokens={longest}", "rendering.over_long=drop_row")
+    parts = playing(tmp_path / "cut", player_path, "anchor.share=0", *keys)
+    parts.engine = acting(parts.renderer, lambda *_: "[up]")
+    with pytest.raises(RolloutError, match=r"4 of a step's 4 episodes were dropped"):
+        count_rollouts(parts, roll_out(parts, 0), Tally())
+
+
+def test_an_episode_is_the_same_however_many_are_played_beside_it(
+    player_path: Path, tmp_path: Path
+) -> None:
+    """Sampled by the real engine: batches differ, the replies do not."""
+    parts = assemble(make_game_run(tmp_path, player_path, "game.invalid_moves_allowed=5"))
+    assert parts.config.game
+    named, sampling = name_episodes(parts.items["train"]), sampling_of(parts.config, 0)
+    parts.engine.use("student", 0)
+    together = play(parts, parts.engine, named, sampling, "student").episodes
+    assert sum(len(episode.turns) for episode in together) == 4 * parts.config.game.turns
+    for episode in together:
+        alone = {episode.id: named[episode.id]}
+        assert play(parts, parts.engine, alone, sampling, "student").episodes == (episode,)

@@ -24,7 +24,7 @@ from opcd.programs import evaluate_outcome, evaluate_run, sample_run
 from opcd.responses import Response, respond
 from opcd.training import train
 from opcd.types import Answered, PromptPair, Rollout, Score, Task
-from tiny import log_probs_of, make_run, nudge, parts_of, reverse_kl
+from tiny import acting, log_probs_of, make_game_run, make_run, nudge, parts_of, reverse_kl
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +119,69 @@ def test_validation_is_on_validation_rows_without_the_context(parts: Parts) -> N
     found = validate(parts, 0)
     assert found.keys() == {"step", "rows", "valid", "correct", "kl_nats_per_token"}
     assert found["step"] == 0 and found["kl_nats_per_token"] > 0.05
+
+
+@pytest.fixture(scope="module")
+def player(tmp_path_factory: pytest.TempPathFactory, player_path: Path) -> Parts:
+    """A game whose player goes down, down, right, right."""
+    keys = ("rollout.max_new_tokens=30", 'evaluation.suites=["context_return"]')
+    parts = assemble(make_game_run(tmp_path_factory.mktemp("game"), player_path, *keys))
+    way = ["[down]", "[down]", "[right]", "[right]"]
+    parts.engine = acting(parts.renderer, lambda _, number: way[number - 1])
+    return parts
+
+
+def test_a_game_is_evaluated_by_board(player: Parts) -> None:
+    """What is solved is right; lengths are those of a reply, not of an episode."""
+    found = evaluate(player, "train", "step-0")
+    json.dumps(found.summary)
+    responses = respond(player, player.items["train"], "in_context")
+    solved = [r.score.metrics["correct"] for r in responses]
+    assert 0 < sum(solved) < len(solved), "boards of both kinds"
+    for metrics in found.summary["suites"]["task"].values():
+        assert metrics["correct"]["mean"] == pytest.approx(sum(solved) / len(solved))
+        assert metrics["turns"]["mean"] == sum(len(r.turns) for r in responses) / len(solved)
+        assert metrics["invalid_moves"]["mean"] == metrics["truncated"]["mean"] == 0.0
+        assert metrics["agreement"]["mean"] == 1.0
+        lengths = [
+            sum(len(t.rollout.response_ids) for t in r.turns) / len(r.turns) for r in responses
+        ]
+        assert metrics["response_tokens"]["mean"] == pytest.approx(sum(lengths) / len(lengths))
+    assert {t["p"] for t in found.summary["paired"]} == {1.0} and found.summary["paired"]
+    returned = found.summary["suites"]["context_return"]["baked"]
+    assert returned["correct"]["mean"] == pytest.approx(sum(solved) / len(solved))
+    for row, item, r in zip(found.answers, player.items["train"], responses, strict=True):
+        assert (row["id"], row["answer"]) == (item.task.id, None)
+        assert row["prompt"] == item.task.messages[0].content
+        for condition in CONDITIONS:
+            shown = row[condition]
+            assert (shown["text"], shown["note"]) == (r.text, r.score.note)
+            assert (shown["feedback"], shown["turns"]) == (r.feedback, len(r.turns))
+
+
+def test_tokens_of_a_game_are_those_of_its_first_turn(player: Parts) -> None:
+    items = player.items["train"]
+    responses = respond(player, items, "in_context")
+    for row, item, r in zip(token_kl(player, items, responses), items, responses, strict=True):
+        assert row["prompt"] == item.task.messages[0].content
+        assert len(row["tokens"]) == len(r.turns[0].rollout.response_ids)
+        assert "".join(row["tokens"]).startswith("[down]")
+
+
+def test_validation_of_a_game_is_over_all_of_its_turns(player: Parts) -> None:
+    """The KL is that of every reply, by token; what is solved, by board."""
+    found = validate(player, 0)
+    names = {"correct", "turns", "invalid_moves", "kl_nats_per_token"}
+    assert found.keys() == {"step", "rows"} | names and found["rows"] == 2
+    responses = respond(player, player.items["validation"], "baked")
+    kl_nats: list[float] = []
+    with torch.no_grad():
+        for a in (turn for r in responses for turn in r.turns):
+            sides = (a.pair.student_ids, a.pair.teacher_ids)
+            both = [log_probs_of(player.base.model, s, a.rollout.response_ids) for s in sides]
+            kl_nats += reverse_kl(*both).tolist()
+    mean = sum(kl_nats) / len(kl_nats)
+    assert found["kl_nats_per_token"] == pytest.approx(mean, rel=1e-3)
 
 
 def test_a_split_that_is_not_there_names_the_others(parts: Parts) -> None:

@@ -12,7 +12,7 @@ from opcd.programs import gap_of
 from opcd.responses import respond
 from opcd.training import train
 from opcd.types import PromptPair, Task
-from tiny import log_probs_of, make_run, parts_of, reverse_kl
+from tiny import acting, log_probs_of, make_game_run, make_run, parts_of, reverse_kl
 
 
 def test_margins_are_grouped_by_the_right_answer_where_it_is_a_label() -> None:
@@ -66,3 +66,26 @@ def test_a_gap_measured_first_does_not_stand_in_the_way_of_the_run(
     assert outcome.folder.gap.is_file() and found["split"] == "validation"
     train(run, overwrite=True)
     assert outcome.folder.gap.is_file(), "it belongs to the context, not to the weights"
+
+
+def test_the_distance_of_a_game_is_that_of_all_its_turns(player_path: Path, tmp_path: Path) -> None:
+    """By token over an episode's replies, and by episode; solved boards are right."""
+    parts = assemble(make_game_run(tmp_path, player_path, "rollout.max_new_tokens=30"))
+    parts.engine = acting(parts.renderer, lambda _, n: "[down]" if n < 3 else "[right]")
+    found = measure_gap(parts)
+    per_token, per_episode = [], []
+    with torch.no_grad():
+        for given in respond(parts, parts.items["validation"], "in_context"):
+            nats: list[float] = []
+            for turn in given.turns:
+                pair, ids = turn.pair, turn.rollout.response_ids
+                sides = (pair.teacher_ids, pair.student_ids)
+                both = [log_probs_of(parts.base.model, side, ids) for side in sides]
+                nats += reverse_kl(*both).tolist()
+            per_token.append(sum(nats) / len(nats))
+            per_episode.append(sum(nats))
+    assert found["kl_nats_per_token"]["mean"] == pytest.approx(sum(per_token) / 2, rel=1e-3)
+    assert found["kl_nats_per_response"]["mean"] == pytest.approx(sum(per_episode) / 2, rel=1e-3)
+    assert found["selected_by"] == "correct" and found["truncated"] == 0.0
+    assert {"correct", "turns", "invalid_moves"} == found["metrics"].keys()
+    assert found["margin_nats_by_answer"] == {}

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
+from learners import Learner, experience_run
 from opcd import assembly
 from opcd.config import Run, derive
 from opcd.errors import ConfigError, RunFolderError
 from opcd.rounds import consolidate_round, learn, run_of_round, select_round, starts_again
 from opcd.runs import RunFolder, open_run, read_jsonl, round_folder
 from opcd.traces import read_traces
-from tiny import Learner, at_step, experience_run, terminate
+from tiny import at_step, terminate
 
 Learn = Callable[..., Run]
 

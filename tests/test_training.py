@@ -16,7 +16,7 @@ from opcd.config.training import Checkpoint, Loss, TopK, Tracking
 from opcd.errors import CheckpointError, ConfigError, RunFolderError
 from opcd.runs import RunFolder, append_jsonl, open_run, read_best, read_jsonl
 from opcd.training import Outcome, is_better, train
-from tiny import at_step, make_run, terminate
+from tiny import at_step, make_game_run, make_run, terminate
 
 STEPS = 6
 MOVING = (
@@ -75,6 +75,32 @@ def copy_of(outcome: Outcome, tmp_path: Path, **changes: Any) -> tuple[Run, RunF
     shutil.copytree(outcome.folder.path, tmp_path / "runs" / run.name)
     folder = RunFolder(tmp_path / "runs" / run.name)
     return run.model_copy(update={"out": tmp_path / "runs", **changes}), folder
+
+
+def test_a_terminated_game_resumes_bitwise(
+    player_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On slippery ice, with a teacher that plays a share, and boards given back the context."""
+    keys = (
+        *MOVING,
+        *("game.slippery=true", "game.turns=5", "anchor.context_return=0.25"),
+        *('teacher={type="adapter_off"}', "rollout.teacher_fraction=0.5"),
+        *("steps=4", "rollout.max_new_tokens=2", "evaluation.validation_rows=1"),
+    )
+    wanted = train(make_game_run(tmp_path / "whole", player_path, *keys))
+    run = make_game_run(tmp_path / "cut", player_path, *keys)
+    at_step(monkeypatch, 1, terminate)
+    assert train(run).steps == 2
+    again = train(run, resume=True)
+    assert measured(again.folder) == measured(wanted.folder)
+    assert [row["turns"] > 0 for row in measured(again.folder)] == [True] * 4
+    assert again.best == wanted.best
+    for file in ("model", "optimizer"):
+        tensors, others = (
+            load_file(o.folder.checkpoints / "step-4" / f"{file}.safetensors")
+            for o in (again, wanted)
+        )
+        assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
 
 
 def test_a_terminated_run_resumes_bitwise(

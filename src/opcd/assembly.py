@@ -16,7 +16,7 @@ from opcd.config import Run, check_files, training
 from opcd.config.inputs import ContextConfig
 from opcd.contexts import load_context, pool_of
 from opcd.envs.games import Opening, openings_of
-from opcd.errors import ConfigError
+from opcd.errors import ConfigError, OverLongError
 from opcd.graders import Grader, build_grader
 from opcd.rendering import Renderer, common_prefix, render_pairs
 from opcd.rollouts.engine import RolloutEngine
@@ -114,6 +114,7 @@ def assemble(config: Run) -> Parts:
     holds = weights.positions(config.model.path, config.model.revision)
     renderer = Renderer(tokenizer, config.rendering, max_prompt_tokens(config, holds))
     items, notes = render_splits(config, renderer)
+    notes += check_last_turn(config, renderer, items["train"][0])
     grader = build_grader(config.grader) if config.grader else None
     check_select_by(config, grader, [item.task for item in items.get("validation", [])])
     notes = [*warnings(config), *notes]
@@ -209,6 +210,24 @@ def load_rows(config: Run, notes: list[str]) -> dict[str, list[Row]]:
     problems = config.experience.problems if config.experience else ()
     splits = load_splits(config.tasks, config.seed, notes, problems)
     return {split: [(task, None) for task in tasks] for split, tasks in splits.items()}
+
+
+def check_last_turn(config: Run, renderer: Renderer, item: Item) -> list[str]:
+    """A note where a game's prompts outgrow the model before its turns are over.
+
+    Raises:
+        OverLongError: the same, where `rendering.over_long` is `error`.
+    """
+    if not config.game or not item.game:
+        return []
+    last = item.game.task(f"{item.task.id}/turn-{config.game.turns}", config.game.turns - 1)
+    try:
+        renderer.pair(last, item.context)
+    except OverLongError as error:
+        if renderer.config.over_long == "error":
+            raise
+        return [f"episodes that go on so long are dropped from training: {error}"]
+    return []
 
 
 def with_context(parts: Parts, items: Sequence[Item], context: Context) -> list[Item]:

@@ -15,6 +15,9 @@ from opcd.public_sets import find_set
 from opcd.tasks import load_splits
 from opcd.types import Task
 
+GAME_METRICS = ("correct", "kl_nats_per_token")
+"""What weights can be chosen by, where games are played: the share that is solved, or the KL."""
+
 
 def check_run(path: Path, overrides: Sequence[str] = ()) -> tuple[Run, list[str]]:
     """Load a run and everything local it names; returns it with facts for people.
@@ -26,14 +29,16 @@ def check_run(path: Path, overrides: Sequence[str] = ()) -> tuple[Run, list[str]
     check_files(run)
     train_anchors, test_anchors = load_anchors(run.anchor.path)
     grader = build_grader(run.grader) if run.grader else None
+    asked, more = ("episodes", f" of up to {run.game.turns} turns") if run.game else ("tasks", "")
     facts = [
-        f"run {run.name}: {run.steps} steps of {run.tasks_per_step} tasks, "
-        f"{run.anchors_per_step} anchors and {run.returns_per_step} tasks with the context",
+        f"run {run.name}: {run.steps} steps of {run.tasks_per_step} {asked}{more}, "
+        f"{run.anchors_per_step} anchors and {run.returns_per_step} {asked} with the context",
         f"anchors: {len(train_anchors.systems)} x {len(train_anchors.prompts)} to train on, "
         f"{len(test_anchors.systems)} x {len(test_anchors.prompts)} to test on",
         *warnings(run),
     ]
     if run.game:
+        check_select_by(run, None, [])
         return run, [*facts, boards_fact(run.game, run.context)]
     assert run.tasks, "a run has tasks or a game"
     problems = run.experience.problems if run.experience else ()
@@ -69,11 +74,16 @@ def check_context(run: Run) -> None:
 
 
 def check_select_by(run: Run, grader: Grader | None, validation: Sequence[Task]) -> None:
-    """Refuse a metric to select by that the grader does not give.
+    """Refuse a metric to select by that the grader, or the game, does not give.
 
     Raises:
         ConfigError: naming those it gives.
     """
+    if run.game and run.evaluation.select_by not in GAME_METRICS:
+        raise ConfigError(
+            f"evaluation.select_by = {run.evaluation.select_by!r} is nothing that a game's weights "
+            f"are chosen by; write one of {GAME_METRICS}"
+        )
     if grader is None or not validation:
         return
     # Some metrics are of one class alone, and only its rows have them.

@@ -22,7 +22,7 @@ from opcd.costs import (
     training_rows,
 )
 from opcd.drawing import draw_pairs
-from opcd.errors import RunFolderError
+from opcd.errors import CostsError, RunFolderError
 from opcd.models import why_no_prefix
 from opcd.prefix_cache import read_prefix
 from opcd.programs import open_baked, read_evaluation
@@ -69,10 +69,15 @@ def cost_run(
 
     Raises:
         InputError: the path is no run, or lacks best weights, metrics or a test split; or what
-            an alternative takes is missing.
+            an alternative takes is missing; or the run plays a game.
     """
     alternatives.check()
-    folder, _ = open_run(path)
+    folder, config = open_run(path)
+    if config.game:
+        raise CostsError(
+            f"{path} plays a game, whose prompts grow from turn to turn and depend on how it is "
+            "played, so it has no request whose cost could be measured; give a run with [tasks]"
+        )
     read_best(folder)
     metrics = read_metrics(folder)
     _, parts, _ = open_baked(path)

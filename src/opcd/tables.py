@@ -130,9 +130,19 @@ def answers_table(answers: Sequence[Mapping[str, Any]], count: int) -> Table:
         table.add_column(condition, ratio=2, overflow="fold")
     stride = max(1, len(answers) // count)
     for row in answers[::stride][:count]:
-        texts = [row[condition]["text"] for condition in CONDITIONS]
-        table.add_row(row["prompt"], *(_shorten(text) for text in texts))
+        texts = [answer_text(row[condition]) for condition in CONDITIONS]
+        # An action in brackets would be taken for a style.
+        table.add_row(*map(escape, (row["prompt"], *texts)))
     return table
+
+
+def answer_text(answer: Mapping[str, Any]) -> str:
+    """A row of `answers.jsonl` under one condition, shortened; of a game, how it ended as well."""
+    text = _shorten(answer["text"])
+    if "feedback" not in answer:
+        return text
+    ending = answer["note"].replace("_", " ")
+    return f"{ending} after {answer['turns']:.0f} turns, the last reply: {text}"
 
 
 def authored_table(found: "Authored", limits: Limits) -> Table:

@@ -22,10 +22,13 @@ class Opening:
         """A new episode; on slippery ice the seed decides where its steps go."""
         return make_env(self.game, self.board, seed)
 
-    def task(self, id_: str) -> Task:
-        """Its first turn."""
+    def task(self, id_: str, moves: int = 0) -> Task:
+        """Its first turn, or a later one: as if so many moves had left the board as it is."""
         env = self.start()
-        return Task(id_, (Message("user", history_text(env.introduction, [env.observation], [])),))
+        seen = [env.observation] * (moves + 1)
+        return Task(
+            id_, (Message("user", history_text(env.introduction, seen, ["right"] * moves)),)
+        )
 
 
 def openings_of(config: GameConfig) -> dict[Split, dict[str, Opening]]:
