@@ -158,5 +158,4 @@ def _learn_round(run: Run, number: int, say: Say) -> dict[str, Any]:
     try:
         return consolidate_round(run, number, say)
     except NothingLearnedError as error:
-        say(str(error))
         return {"round": number, "conditions": {}, "paired": [], "verdict": str(error)}
