@@ -16,6 +16,7 @@ from opcd.rounds import consolidate_round, learn, run_of_round, select_round, st
 from opcd.runs import RunFolder, open_run, read_jsonl, round_folder
 from opcd.traces import read_traces
 from tiny import at_step, terminate
+from worlds import END_ID
 
 Learn = Callable[..., Run]
 
@@ -128,7 +129,8 @@ def test_nothing_is_done_twice(
     run, found, _ = undisturbed
 
     class Silent(Learner):
-        def generate(self, *_: Any) -> Any:
+        def generate(self, prompts: Any, sampling: Any) -> Any:
+            del prompts, sampling
             pytest.fail("everything has been asked")
 
     monkeypatch.setattr(assembly, "HFEngine", Silent)
@@ -223,7 +225,7 @@ def test_where_nothing_was_learned_the_rounds_end_and_say_so(
     class Forgetful(Learner):
         def script(self, policy: Any, prompt: Any) -> tuple[int, ...]:
             answer = super().script(policy, prompt)
-            return answer if len(answer) > 2 else (*self.tokenizer.encode("b"), answer[-1])
+            return answer if len(answer) > 2 else (*self.tokenizer.encode("b"), END_ID)
 
     monkeypatch.setattr(assembly, "HFEngine", Forgetful)
     said: list[str] = []

@@ -41,6 +41,7 @@ def learn(run: Run, rounds: int, say: Say) -> dict[str, Any]:
     check_experience(run)
     folder = make_folder(run)
     done: list[dict[str, Any]] = []
+    found: dict[str, Any] = {}
     for number in range(1, rounds + 1):
         say(f"round {number} of {rounds}")
         done.append(_learn_round(run, number, say))
