@@ -11,9 +11,11 @@ from opcd.runs import (
     RunFolder,
     append_jsonl,
     create_run,
+    mend_jsonl,
     open_run,
     read_jsonl,
     rewind_jsonl,
+    round_folder,
     write_json,
     write_text,
 )
@@ -154,3 +156,75 @@ def test_rewinding_drops_the_steps_that_come_again(tmp_path: Path) -> None:
     rewind_jsonl(path, 2)
     append_jsonl(path, [{"step": 2, "text": "again"}])
     assert [row["step"] for row in read_jsonl(path)] == [0, 1, 1, 2]
+
+
+def test_the_layout_of_a_round_is_the_contract(run: Run) -> None:
+    """Other programs read these files by name, and a service writes one of them."""
+    folder = round_folder(run, 2)
+    assert folder.path == run.out / "desk" / "experience" / "round-2"
+    assert folder.path.is_dir()
+    paths = (
+        folder.settings,
+        folder.traces,
+        folder.selection,
+        folder.growth,
+        folder.selected,
+        folder.raw,
+        folder.answers(0),
+        folder.items(1),
+        folder.experience(1, 7),
+        folder.experience(1, 1234),
+    )
+    assert [str(path.relative_to(folder.path)) for path in paths] == [
+        "settings.json",
+        "traces.jsonl",
+        "selection.json",
+        "growth.svg",
+        "selected.md",
+        "raw.md",
+        "seed-0/answers.jsonl",
+        "seed-1/items.jsonl",
+        "seed-1/experience-007.md",
+        "seed-1/experience-1234.md",
+    ]
+
+
+def test_experiences_are_listed_by_number(run: Run) -> None:
+    folder = round_folder(run)
+    folder.seed(0).mkdir()
+    for number in (1000, 2, 0, 999):
+        folder.experience(0, number).touch()
+    numbers = [int(path.stem.split("-")[1]) for path in folder.experiences(0)]
+    assert numbers == [0, 2, 999, 1000]
+    assert folder.experiences(5) == []
+
+
+def test_what_was_gathered_outlives_a_run_that_is_started_anew(run: Run) -> None:
+    folder = round_folder(run)
+    folder.raw.write_text("kept", encoding="utf-8")
+    create_run(run)
+    create_run(run, overwrite=True)
+    assert folder.raw.read_text(encoding="utf-8") == "kept"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('{"a": 1}\n{"a"', '{"a": 1}\n'),
+        ('{"a": 1}\n{"a": 2}', '{"a": 1}\n{"a": 2}\n'),
+        ('{"a": 1}\n', '{"a": 1}\n'),
+        ('{"a', ""),
+        ("", ""),
+    ],
+)
+def test_a_file_is_mended_before_it_is_appended_to(tmp_path: Path, before: str, after: str) -> None:
+    """Or the next row would be glued to half a one, and both be lost."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(before, encoding="utf-8")
+    mend_jsonl(path)
+    assert path.read_text(encoding="utf-8") == after
+
+
+def test_a_file_that_is_not_there_needs_no_mending(tmp_path: Path) -> None:
+    mend_jsonl(tmp_path / "none.jsonl")
+    assert not (tmp_path / "none.jsonl").exists()

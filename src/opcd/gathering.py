@@ -223,7 +223,7 @@ def _ask(
             request_for(
                 instructions,
                 traces[seed][step - 1],
-                f"round-{round_.number}/seed-{seed}/step-{step}",
+                f"round-{round_.number}/seed-{seed}/step-{step}/items",
                 step,
                 shown[seed],
             )

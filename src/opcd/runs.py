@@ -61,6 +61,11 @@ class RunFolder:
         return self.path / "search.json"
 
     @property
+    def found_before(self) -> set[Path]:
+        """What was found out before training, and outlives a run that is started anew."""
+        return {self.gap, self.search, self.experience, self.rounds}
+
+    @property
     def comparison(self) -> Path:
         """The same rows beside those of other ways to train."""
         return self.path / "comparison.json"
@@ -124,6 +129,11 @@ class RunFolder:
     def experience(self) -> Path:
         """What experience gained, over all conditions and rounds."""
         return self.path / "experience.json"
+
+    @property
+    def rounds(self) -> Path:
+        """What was gathered, a folder for each round."""
+        return self.path / "experience"
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +229,7 @@ def round_folder(config: Run, number: int = 1) -> RoundFolder:
     Raises:
         RunFolderError: a file is in the run folder's place.
     """
-    folder = RoundFolder(make_folder(config).path / "experience" / f"round-{number}")
+    folder = RoundFolder(make_folder(config).rounds / f"round-{number}")
     folder.path.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -233,7 +243,7 @@ def create_run(config: Run, overwrite: bool = False) -> RunFolder:
     check_free(config, overwrite)
     folder = make_folder(config)
     for path in folder.path.iterdir():
-        if path not in (folder.gap, folder.search):
+        if path not in folder.found_before:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     write_text(folder.config, dump_config(config))
     return folder
@@ -258,7 +268,7 @@ def check_free(config: Run, overwrite: bool = False) -> None:
     """
     folder = _folder_of(config)
     found = set(folder.path.iterdir()) if folder.path.exists() else set[Path]()
-    others = found - {folder.gap, folder.search}
+    others = found - folder.found_before
     if others and not overwrite:
         raise RunFolderError(
             f"{folder.path} exists, and a run never overwrites another by itself; continue it "
