@@ -223,8 +223,8 @@ def test_processes_share_the_boards_and_nothing_else(player_path: Path, tmp_path
     alone = roll_out(parts, 0)
     halves: list[Rollouts] = []
     for index in range(2):
-        parts.accelerator: Any = SimpleNamespace(process_index=index, num_processes=2)
-        parts.ahead = {}
+        process: Any = SimpleNamespace(process_index=index, num_processes=2)
+        parts.accelerator, parts.ahead = process, {}
         halves.append(roll_out(parts, 0))
     ids = [{a.pair.task_id for a in one.answered} for one in (alone, *halves)]
     assert ids[0] == ids[1] | ids[2] and not ids[1] & ids[2] and ids[1] and ids[2]
@@ -257,6 +257,23 @@ def test_where_every_episode_is_dropped_the_run_ends(player_path: Path, tmp_path
     parts.engine = acting(parts.renderer, lambda *_: "[up]")
     with pytest.raises(RolloutError, match=r"4 of a step's 4 episodes were dropped"):
         count_rollouts(parts, roll_out(parts, 0), Tally())
+
+
+def test_an_episode_that_outgrows_the_model_ends_the_run_where_none_is_dropped(
+    player_path: Path, tmp_path: Path
+) -> None:
+    """Warnings make prompts longer than moves do, so that the start cannot foresee it."""
+    whole = playing(tmp_path / "whole", player_path)
+    game, id_ = whole.config.game, whole.items["train"][0].task.id
+    first = whole.items["train"][0]
+    assert game and first.game
+    last = whole.renderer.pair(first.game.task(id_, game.turns - 1), first.context)
+    room = f"rendering.max_prompt_tokens={len(last.teacher_ids) + 20}"
+    keys = ("game.invalid_moves_allowed=4", room)
+    parts = playing(tmp_path / "cut", player_path, *keys)
+    parts.engine = acting(parts.renderer, lambda *_: "Hm.")
+    with pytest.raises(RolloutError, match=r"a game went on until .*'train-0000\d/turn-\d'"):
+        roll_out(parts, 0)
 
 
 def test_an_episode_is_the_same_however_many_are_played_beside_it(

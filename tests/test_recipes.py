@@ -11,6 +11,7 @@ import pytest
 
 from opcd.checking import check_run
 from opcd.config.inputs import Public
+from opcd.envs.games import openings_of
 from opcd.graders import build_grader
 from opcd.tasks import load_splits
 from worlds import write_jsonl
@@ -19,7 +20,9 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 RUNS = sorted(RECIPES.glob("*/run.toml"))
 FROM_HUB = ("medical", "safety")
 """Recipes for a GPU, whose rows are read from a hub when the run starts."""
-LOCAL = [path for path in RUNS if path.parent.name not in FROM_HUB]
+GAMES = ("frozen_lake",)
+"""Recipes that are graded by their boards."""
+LOCAL = [path for path in RUNS if path.parent.name not in (*FROM_HUB, *GAMES)]
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 """Real rows, where there are any."""
 DESK = RECIPES / "support_desk"
@@ -40,7 +43,8 @@ def test_the_recipes_are_found() -> None:
 def test_every_recipe_can_be_started(path: Path) -> None:
     run, facts = check_run(path)
     assert run.name == path.parent.name
-    assert any(fact.startswith("tasks: ") for fact in facts)
+    rows = f"{run.game.type}: " if run.game else "tasks: "
+    assert any(fact.startswith(rows) for fact in facts)
     assert [fact for fact in facts if fact.startswith("warning")] == []
 
 
@@ -154,3 +158,22 @@ def test_the_desks_worked_examples_are_no_rows_of_it() -> None:
     text = (DESK / "examples.jsonl").read_text(encoding="utf-8")
     examples = {json.loads(line)["prompt"] for line in text.splitlines()}
     assert not examples & {row["prompt"] for split in SPLITS for row in rows(split)}
+
+
+def test_the_lake_teaches_rules_that_its_player_is_not_told() -> None:
+    """Every symbol is explained in the context and nowhere in the prompts; boards are enough."""
+    run, _ = check_run(RECIPES / "frozen_lake" / "run.toml")
+    assert run.game and run.game.type == "frozen_lake" and run.context.type == "system_prompt"
+    context = run.context.path.read_text(encoding="utf-8")
+    boards = openings_of(run.game)
+    for symbol in ("goal", "hole", "ice"):
+        assert f"{getattr(run.game.symbols, symbol)} is" in context and symbol in context
+        for openings in boards.values():
+            for id_, opening in openings.items():
+                assert symbol not in opening.task(id_).messages[0].content
+    assert {split: len(found) for split, found in boards.items()} == {
+        "train": 48,
+        "extraction": 8,
+        "validation": 12,
+        "test": 24,
+    }

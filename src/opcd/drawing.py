@@ -13,6 +13,7 @@ from typing import Literal, get_args
 from opcd.assembly import AHEAD_STEPS, Item, Parts
 from opcd.config import Run
 from opcd.envs.episodes import Episode, Played, Player, play_episodes
+from opcd.errors import OverLongError, RolloutError
 from opcd.rollouts.engine import Prompt, RolloutEngine, Sampling
 from opcd.tasks import draw
 from opcd.types import Answered, Origin, PromptPair
@@ -154,12 +155,18 @@ def play(
         sampling: how replies are drawn.
         side: whose prompts are answered: the teacher's have the item's context.
         slips: seeds where steps on slippery ice go; default: the sampling's seed.
+
+    Raises:
+        RolloutError: a prompt does not fit and `rendering.over_long` is `error`.
     """
     slips = sampling.seed if slips is None else slips
     envs = {id_: item.game.start(f"{slips}/{id_}") for id_, item in items.items() if item.game}
     contexts = {id_: item.context for id_, item in items.items()}
     most = parts.config.rollout.max_new_tokens
-    return play_episodes(envs, Player(engine, parts.renderer, sampling, most, contexts, side))
+    try:
+        return play_episodes(envs, Player(engine, parts.renderer, sampling, most, contexts, side))
+    except OverLongError as error:
+        raise RolloutError(f"a game went on until its prompt did not fit: {error}") from error
 
 
 def name_episodes(items: Iterable[Item], suffix: str = "") -> dict[str, Item]:

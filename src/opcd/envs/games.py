@@ -5,7 +5,7 @@ from random import Random
 
 from opcd.config.games import FrozenLake, GameConfig
 from opcd.envs.boards import BoardSource, Picture, Split, split_boards
-from opcd.envs.env import BoardEnv, Env, Limits, history_text, introduce
+from opcd.envs.env import Action, BoardEnv, Env, Limits, history_text, introduce
 from opcd.envs.frozen_lake import LakeWorld, lake_rules, lake_source
 from opcd.envs.sokoban import SokobanWorld, sokoban_rules, sokoban_source
 from opcd.types import Message, Task
@@ -25,10 +25,9 @@ class Opening:
     def task(self, id_: str, moves: int = 0) -> Task:
         """Its first turn, or a later one: as if so many moves had left the board as it is."""
         env = self.start()
-        seen = [env.observation] * (moves + 1)
-        return Task(
-            id_, (Message("user", history_text(env.introduction, seen, ["right"] * moves)),)
-        )
+        done: list[Action | None] = ["right"] * moves
+        text = history_text(env.introduction, [env.observation] * (moves + 1), done)
+        return Task(id_, (Message("user", text),))
 
 
 def openings_of(config: GameConfig) -> dict[Split, dict[str, Opening]]:
