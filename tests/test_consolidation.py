@@ -1,4 +1,4 @@
-"""`opcd.consolidation`: what is baked in is what was chosen, and every condition has the same rows."""
+"""`opcd.consolidation`: what was chosen is baked in, and all conditions have the same rows."""
 
 import json
 from pathlib import Path
