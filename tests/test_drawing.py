@@ -1,6 +1,7 @@
 """`opcd.drawing`: whose prompts a step has, and who answers them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -247,6 +248,9 @@ def test_an_episode_that_outgrows_the_model_is_dropped_and_counted(
     assert {episode.id for episode in rollouts.played.episodes} == short
     assert {a.pair.task_id.rpartition("/turn-")[0] for a in rollouts.answered} == short
     assert tally.sums["dropped_episodes"] == 4 - len(short) and tally.sums["episodes"] == 4
+    also = Tally()
+    count_rollouts(parts, replace(rollouts, returned=rollouts.played), also)
+    assert also.sums["dropped_episodes"] == 2 * (4 - len(short)), "those given the context too"
 
 
 def test_where_every_episode_is_dropped_the_run_ends(player_path: Path, tmp_path: Path) -> None:
@@ -255,7 +259,7 @@ def test_where_every_episode_is_dropped_the_run_ends(player_path: Path, tmp_path
     keys = (f"rendering.max_prompt_tokens={longest}", "rendering.over_long=drop_row")
     parts = playing(tmp_path / "cut", player_path, "anchor.share=0", *keys)
     parts.engine = acting(parts.renderer, lambda *_: "[up]")
-    with pytest.raises(RolloutError, match=r"4 of a step's 4 episodes were dropped"):
+    with pytest.raises(RolloutError, match=r"no response .* episodes 4 were dropped"):
         count_rollouts(parts, roll_out(parts, 0), Tally())
 
 

@@ -149,11 +149,9 @@ def test_killed_at_any_write_the_files_come_out_the_same(
     extra = (f"experience.with_previous={with_previous}", "experience.max_tokens=60")
     whole = load_learner(tmp_path, tiny_model_path, *extra, "name=whole")
     gather(learner(whole, mixed))
-    run = load_learner(tmp_path, tiny_model_path, *extra, "name=killed")
+    run = load_learner(tmp_path, tiny_model_path, *extra, "name=killed", "rollout.batch_rows=2")
     parts = assemble(run)
     parts.engine = ScriptedEngine(script_of(mixed))
-    monkeypatch.setattr(solving, "CHUNK_TRACES", 2)
-    monkeypatch.setattr(gathering, "CHUNK_REQUESTS", 2)
     left = die_while_writing(monkeypatch)
     for deaths in range(30):
         left[0] = 1 + deaths % 3 if deaths < 29 else 1000

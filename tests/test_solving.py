@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from learning import GAME, asked_of, learner, load_learner
-from opcd import solving
 from opcd.assembly import assemble
 from opcd.gathering import Gathering
 from opcd.rollouts.engine import Prompt, Sampling
@@ -87,15 +86,16 @@ def test_what_is_in_the_store_is_not_solved_again(tiny_model_path: Path, tmp_pat
 
 
 def test_traces_do_not_depend_on_what_is_solved_beside_them(
-    tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model_path: Path, tmp_path: Path
 ) -> None:
-    """A real model at temperature 0.7: all at once, or two by two after interruptions."""
-    run = load_learner(tmp_path, tiny_model_path)
-    parts = assemble(run)
-    round_ = replace(learner(run), parts=parts)
-    together = solve(parts, round_.experience, tmp_path / "together.jsonl")
-    monkeypatch.setattr(solving, "CHUNK_TRACES", 2)
-    assert solve(parts, round_.experience, tmp_path / "apart.jsonl") == together
+    """A real model at temperature 0.7: all at once, or two by two."""
+    found: list[list[list[Trace]]] = []
+    for rows in (64, 2):
+        run = load_learner(tmp_path, tiny_model_path, f"rollout.batch_rows={rows}")
+        round_ = replace(learner(run), parts=assemble(run))
+        found.append(solve(round_.parts, round_.experience, tmp_path / f"{rows}.jsonl"))
+    together, apart = found
+    assert apart == together
     texts = [trace.response for own in together for trace in own]
     assert len(set(texts)) == len(texts)
 

@@ -78,12 +78,12 @@ def count_rollouts(parts: Parts, rollouts: Rollouts, tally: Tally) -> None:
     """Count tokens and cut responses of the tasks, and how games went.
 
     Raises:
-        RolloutError: more were cut than `rollout.max_truncated_fraction`, or no prompt fitted.
+        RolloutError: more were cut than `rollout.max_truncated_fraction`, or none is left.
     """
     answered, played = rollouts.answered, rollouts.played
     tasks = [a.rollout for a in answered if a.pair.origin == "task"]
     tally.add("episodes", len(played.episodes) + len(played.dropped))
-    tally.add("dropped_episodes", len(played.dropped))
+    tally.add("dropped_episodes", len(played.dropped) + len(rollouts.returned.dropped))
     tally.add("solved", sum(episode.outcome for episode in played.episodes))
     tally.add("invalid_moves", sum(episode.invalid_moves for episode in played.episodes))
     tally.add("coach_empty", count_empty(answered))
@@ -96,9 +96,9 @@ def count_rollouts(parts: Parts, rollouts: Rollouts, tally: Tally) -> None:
     tally.gather(parts.accelerator)
     if tally.sums["processes_without_samples"]:
         raise RolloutError(
-            f"{tally.sums['dropped_episodes']:.0f} of a step's {tally.sums['episodes']:.0f} "
-            "episodes were dropped, since their prompts did not fit, and a process has nothing "
-            "left to train on; lower game.turns or raise rendering.max_prompt_tokens"
+            "a process has no response to train on in a step, of whose episodes "
+            f"{tally.sums['dropped_episodes']:.0f} were dropped, since their prompts did not fit; "
+            "lower game.turns, or raise rendering.max_prompt_tokens or batch.prompts_per_step"
         )
     allowed = parts.config.rollout.max_truncated_fraction
     if (found := tally.mean("truncated", "tasks")) > allowed:

@@ -26,6 +26,8 @@ class Rollouts:
     answered: list[Answered]
     played: Played = field(default_factory=lambda: Played(()))
     """Of the tasks; empty where these are single answers."""
+    returned: Played = field(default_factory=lambda: Played(()))
+    """Boards that were given with the context (`anchor.context_return`)."""
 
 
 def roll_out(parts: Parts, step: int) -> Rollouts:
@@ -42,8 +44,15 @@ def roll_out(parts: Parts, step: int) -> Rollouts:
         answered += answer(config, parts.engine, asked, sampling_of(config, step))
     if config.game is None:
         return Rollouts(answered)
-    played = play_tasks(parts, step)
-    return Rollouts([*turns_of(played.episodes), *play_returned(parts, step), *answered], played)
+    played, returned = play_tasks(parts, step), play_returned(parts, step)
+    held = [_with_context_on_both_sides(turn) for turn in turns_of(returned.episodes)]
+    return Rollouts([*turns_of(played.episodes), *held, *answered], played, returned)
+
+
+def _with_context_on_both_sides(turn: Answered) -> Answered:
+    """The base's turn with the context: the student, given it too, is to answer alike."""
+    ids = turn.pair.teacher_ids
+    return replace(turn, pair=replace(turn.pair, student_ids=ids, origin="context_return"))
 
 
 def sampling_of(config: Run, step: int) -> Sampling:
@@ -119,23 +128,14 @@ def play_tasks(parts: Parts, step: int) -> Played:
     )
 
 
-def play_returned(parts: Parts, step: int) -> list[Answered]:
-    """This process's boards of a step that the base plays with the context, turn by turn.
-
-    At each turn the student is to answer as the base, when it is given the context as well.
-    """
+def play_returned(parts: Parts, step: int) -> Played:
+    """This process's boards of a step that the base plays with the context."""
     named = name_episodes(draw_returned(parts, step), "/context_return")
     own = dict(list(named.items())[parts.own_share])
     if not own:
-        return []
+        return Played(())
     parts.engine.use("base", 0)
-    played = play(parts, parts.engine, own, sampling_of(parts.config, step), "teacher")
-    return [
-        Answered(
-            replace(a.pair, student_ids=a.pair.teacher_ids, origin="context_return"), a.rollout
-        )
-        for a in turns_of(played.episodes)
-    ]
+    return play(parts, parts.engine, own, sampling_of(parts.config, step), "teacher")
 
 
 def play(

@@ -40,9 +40,6 @@ from opcd.runs import (
 from opcd.solving import solve
 from opcd.traces import Trace, read_traces
 
-CHUNK_REQUESTS = 64
-"""So many prompts are sent to the extractor together, then their answers are saved."""
-
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -217,8 +214,9 @@ def _ask(
     shown = [""] * len(known)
     if missing and round_.experience.with_previous:
         shown = [grow(round_, traces[s], done).text for s, done in enumerate(known)]
-    for start in range(0, len(missing), CHUNK_REQUESTS):
-        chunk = missing[start : start + CHUNK_REQUESTS]
+    rows = round_.parts.config.rollout.batch_rows
+    for start in range(0, len(missing), rows):
+        chunk = missing[start : start + rows]
         requests = [
             request_for(
                 instructions,

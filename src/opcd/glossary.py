@@ -13,7 +13,9 @@ METRICS = {
 """Metrics whose key is no name."""
 EXPLAINED = {
     "valid": "could be read in the form asked for",
-    "correct": "right, says the grader",
+    "correct": "right, says the grader; or solved, says the game",
+    "turns": "of an episode",
+    "invalid_moves": "of an episode; replies without a possible action",
     "agreement": "same text as in_context",
     "truncated": "at the token limit",
     "kl_nats_per_token": "KL(base || trained) along the base's answers",

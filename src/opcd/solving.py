@@ -19,9 +19,6 @@ from opcd.rollouts.engine import Sampling
 from opcd.traces import Trace, Turn, append_traces, read_traces
 from opcd.types import Task
 
-CHUNK_TRACES = 256
-"""So many are solved together, then saved."""
-
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -47,6 +44,8 @@ def solve(
 ) -> list[list[Trace]]:
     """One trace for every step of every accumulation; those in the store are not made again.
 
+    They are saved `rollout.batch_rows` at a time: that many are decoded together anyway.
+
     Args:
         parts: the run, whose `extraction` items are the problems.
         experience: how many, and what is told of them.
@@ -60,8 +59,9 @@ def solve(
     plan = list(places(parts, experience, number))
     known = {trace.id: trace for trace in read_traces(store)}
     missing = [(place, item) for place, item in plan if place.id not in known]
-    for start in range(0, len(missing), CHUNK_TRACES):
-        made = attempt(parts, experience, missing[start : start + CHUNK_TRACES])
+    rows = parts.config.rollout.batch_rows
+    for start in range(0, len(missing), rows):
+        made = attempt(parts, experience, missing[start : start + rows])
         append_traces(store, made)
         known.update({trace.id: trace for trace in made})
         say(f"solved {start + len(made)} of {len(missing)} problems")
