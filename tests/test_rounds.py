@@ -12,7 +12,14 @@ from learners import Learner, experience_run
 from opcd import assembly
 from opcd.config import Run, derive
 from opcd.errors import ConfigError, RunFolderError
-from opcd.rounds import consolidate_round, learn, run_of_round, select_round, starts_again
+from opcd.rounds import (
+    consolidate_round,
+    gather_round,
+    learn,
+    run_of_round,
+    select_round,
+    starts_again,
+)
 from opcd.runs import RunFolder, open_run, read_jsonl, round_folder
 from opcd.traces import read_traces
 from tiny import at_step, terminate
@@ -215,6 +222,36 @@ def test_a_crash_in_the_export_changes_nothing(
             learn(run, 2, str)
     assert not round_folder(run, 2).model.exists()
     assert told(learn(run, 2, str)) == told(undisturbed[1])
+
+
+def test_what_a_service_appended_is_learned_from_in_the_next_round(learner: Learn) -> None:
+    """Rows of prompt and response alone; those that come later wait for the round after."""
+    run = learner("experience.steps=1", "experience.use='pool'")
+    said: list[str] = []
+    gather_round(run, 1, said.append)
+    store = round_folder(run, 1).traces
+    with store.open("a", encoding="utf-8") as stream:
+        stream.write('{"prompt": "served?", "response": "b"}\n')
+    gather_round(run, 1, said.append)
+    assert not any("served" in row["text"] for row in read_jsonl(round_folder(run, 1).answers(0)))
+    assert "1 traces of others in traces.jsonl are not read before the second round" in said[-1]
+    baked = {"model": run.model.path}
+    second = round_folder(run, 2)
+    second.model.symlink_to(baked["model"], target_is_directory=True)
+    for _ in range(2):
+        gather_round(run, 2, str)
+        ids = [row["trace"] for row in read_jsonl(second.answers(0))]
+        assert ids == ["round-2/seed-0/step-1", "round-1/line-3"]
+        assert len(second.experiences(1)) == 3
+        with store.open("a", encoding="utf-8") as stream:
+            stream.write('{"prompt": "later?", "response": "b"}\n')
+    third = round_folder(run, 3)
+    third.model.symlink_to(baked["model"], target_is_directory=True)
+    gather_round(run, 3, str)
+    assert [row["trace"] for row in read_jsonl(third.answers(0))][1:] == [
+        "round-1/line-4",
+        "round-1/line-5",
+    ]
 
 
 def test_where_nothing_was_learned_the_rounds_end_and_say_so(
