@@ -125,7 +125,9 @@ def test_a_store_of_prompts_is_enough_to_train_on(run: Run) -> None:
     append_traces(folder.traces, prompts("served 1?", "served 2?", "served 2?", "served 3?"))
     found = consolidate(derive(run, experience={"train_on": "store"}), 1, folder, str)
     _, baked = open_run(run.out / found["runs"]["baked"])
-    assert baked.tasks and [s.path for s in baked.tasks.train] == [folder.prefixes.resolve()]
+    assert baked.tasks and [getattr(s, "path", "") for s in baked.tasks.train] == [
+        folder.prefixes.resolve()
+    ]
     assert [row["prompt"][0]["content"] for row in read_jsonl(folder.prefixes)] == [
         "served 1?",
         "served 2?",
