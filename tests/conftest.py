@@ -23,6 +23,15 @@ def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def learner_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with room for the prompts that ask for lessons."""
+    folder = tmp_path_factory.mktemp("learner") / "model"
+    tiny_llama(positions=2048).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def player_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with room for a game whose player is warned at every turn."""
     folder = tmp_path_factory.mktemp("player") / "model"

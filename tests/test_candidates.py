@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from learners import grown, lesson_parts
 from opcd.assembly import Parts
 from opcd.candidates import (
     Candidate,
@@ -17,7 +18,6 @@ from opcd.config import derive
 from opcd.errors import ConfigError, RunFolderError
 from opcd.rollouts.scripted import ScriptedEngine
 from opcd.runs import RoundFolder
-from tiny import grown, lesson_parts
 
 ROWS = 6
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from opcd.candidates import Candidate, Scored
@@ -67,7 +68,7 @@ def test_one_seed_has_its_interval_and_many_their_ends() -> None:
 
 def test_the_figure_has_a_line_for_each_seed_one_for_the_mean_and_the_chosen() -> None:
     axes = draw_growth(GROWN, choose(GROWN).chosen, "correct").axes[0]
-    lines = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines]
+    lines = [tuple(np.asarray(line.get_data()).tolist()) for line in axes.lines]
     assert lines[0] == ([0, 2, 3], [20.0, 40.0, 80.0])
     assert lines[1] == ([0, 0, 1], [20.0, 20.0, 60.0])
     assert lines[2][0] == [0, 1, 2] and lines[2][1] == pytest.approx([20.0, 30.0, 70.0])

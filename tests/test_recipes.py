@@ -177,3 +177,15 @@ def test_the_lake_teaches_rules_that_its_player_is_not_told() -> None:
         "validation": 12,
         "test": 24,
     }
+
+
+def test_the_sums_are_what_compose_writes_and_no_question_comes_twice(tmp_path: Path) -> None:
+    """Problems that experience is gathered from are in no other split."""
+    folder = RECIPES / "experience"
+    subprocess.run([sys.executable, str(folder / "compose.py"), str(tmp_path)], check=True)
+    questions: list[str] = []
+    for split in ("problems", *SPLITS):
+        written = (tmp_path / f"{split}.jsonl").read_bytes()
+        assert written == (folder / f"{split}.jsonl").read_bytes()
+        questions += [json.loads(line)["prompt"] for line in written.decode().splitlines()]
+    assert len(set(questions)) == len(questions) == 288

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from learners import grown, lesson_parts
 from opcd.assembly import Parts
 from opcd.candidates import (
     Candidate,
@@ -14,7 +15,6 @@ from opcd.candidates import (
 from opcd.rollouts.scripted import ScriptedEngine
 from opcd.runs import RoundFolder
 from opcd.selection import choose, select, verdict
-from tiny import grown, lesson_parts
 from worlds import END_ID
 
 

@@ -1,9 +1,7 @@
 """Tokens, references and runs for tests of the floors that have tensors; built on `worlds`."""
 
-import hashlib
 import json
 import os
-import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,12 +23,11 @@ from opcd.costing import cost_run
 from opcd.costs import Prices
 from opcd.distill import StepReport, Trainer
 from opcd.programs import gap_of
-from opcd.rollouts.engine import Policy, Prompt, Sampling
-from opcd.rollouts.hf import HFEngine
+from opcd.rollouts.engine import Prompt
 from opcd.rollouts.scripted import ScriptedEngine
-from opcd.runs import RoundFolder, write_json
+from opcd.runs import write_json
 from opcd.types import PromptPair, Rollout
-from worlds import END_ID, SPECIALS, tiny_llama, tokenizer, write_jsonl
+from worlds import END_ID, SPECIALS, tiny_llama, write_jsonl
 
 VOCABULARY = 300
 
@@ -127,83 +124,6 @@ def make_run(tmp_path: Path, model_path: Path, *overrides: str, **recipe: Any) -
     """A tiny run whose folder lies under `tmp_path`."""
     toml = write_recipe(tmp_path / "recipe", model_path, **recipe)
     return load_config(toml, [f"out={tmp_path / 'runs'}", *overrides])
-
-
-def experience_run(tmp_path: Path, model_path: Path, *overrides: str) -> Run:
-    """A tiny run that learns its context, whose folder lies under `tmp_path`."""
-    folder = tmp_path / "recipe"
-    toml = write_recipe(folder, model_path)
-    for split, count in (("problems", 5), ("validation", 6)):
-        rows = [{"prompt": f"{split} {i}?", "answer": "a"} for i in range(count)]
-        write_jsonl(folder / f"{split}.jsonl", rows)
-    given = """context = { type = "system_prompt", path = "system.md" }"""
-    table = """experience = { problems = "problems.jsonl", seeds = 2, steps = 3 }"""
-    toml.write_text(toml.read_text("utf-8").replace(given, table), encoding="utf-8")
-    return load_config(toml, [f"out={tmp_path / 'runs'}", *overrides])
-
-
-def lesson_parts(tmp_path: Path, model_path: Path) -> Parts:
-    """A run whose engine answers right on as many validation rows as it is shown lessons.
-
-    `a` is the right answer; the rows' prompts end with their numbers.
-    """
-    run = experience_run(tmp_path, model_path)
-    parts = assemble(run)
-    right, wrong = (parts.renderer.encode(text) for text in ("a", "b"))
-
-    def script(policy: str, prompt: Prompt) -> tuple[int, ...]:
-        assert policy == "base", "candidates are scored with the model as it was"
-        text = parts.renderer.tokenizer.decode(list(prompt.ids))
-        assert "validation" in text, "no other rows may choose"
-        number = int(text.split("validation ")[1].split("?")[0])
-        return (*(right if number < text.count("- lesson") else wrong), END_ID)
-
-    parts.engine = ScriptedEngine(script)
-    return parts
-
-
-class Learner:
-    """The real engine, but for the base model: it is scripted to learn.
-
-    Asked for lessons it writes one, with some words of the trace; asked a row, it is right on as
-    many rows as it is shown lessons.
-    """
-
-    def __init__(self, *arguments: Any) -> None:
-        """As `HFEngine`."""
-        self.real = HFEngine(*arguments)
-        self.policy: Policy = "student"
-        self.tokenizer = tokenizer()
-
-    def use(self, policy: Policy, version: int) -> None:
-        self.policy = policy
-        self.real.use(policy, version)
-
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        if self.policy == "student":
-            return self.real.generate(prompts, sampling)
-        return ScriptedEngine(self.script, "base").generate(prompts, sampling)
-
-    def script(self, policy: Policy, prompt: Prompt) -> tuple[int, ...]:
-        """What the base model says."""
-        del policy
-        text = self.tokenizer.decode(list(prompt.ids))
-        if "- EXPERIENCE ITEM:" in text:
-            words = hashlib.sha256(prompt.task_id.encode()).hexdigest()[:9]
-            answer = f" lesson from {words[:3]} {words[3:6]} {words[6:]}"
-        else:
-            number = int(["0", *re.findall(r"(\d+)\?", text)][-1])
-            answer = "a" if number < text.count("- lesson from") else "b"
-        return (*self.tokenizer.encode(answer, add_special_tokens=False), END_ID)
-
-
-def grown(folder: RoundFolder, seeds: int = 2, steps: int = 4) -> None:
-    """Experiences that gain a lesson a trace in one seed, and one every second trace in another."""
-    for seed in range(seeds):
-        folder.seed(seed).mkdir(parents=True)
-        for step in range(steps + 1):
-            lines = [f"- lesson {seed} {i}\n" for i in range(step // (seed + 1))]
-            folder.experience(seed, step).write_text("".join(lines), encoding="utf-8")
 
 
 def make_game_run(

@@ -1,4 +1,4 @@
-"""Compose the unit conversions of the experience recipe.
+"""Compose the sums in words of the experience recipe.
 
 Writes ``problems.jsonl`` (to learn from), ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl``;
 no question is in two of them. Running the script again writes the same bytes.
@@ -11,38 +11,36 @@ from __future__ import annotations
 import json
 import random
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 COUNTS = {"problems": 48, "train": 96, "validation": 48, "test": 96}
-UNITS = (
-    ("hours", "minutes", 60, ("A film lasts", "The train takes", "She slept for")),
-    ("minutes", "seconds", 60, ("The song lasts", "He held on for", "The egg boils for")),
-    ("days", "hours", 24, ("The trip takes", "The shop is shut for", "It rained for")),
-    ("weeks", "days", 7, ("The holiday lasts", "The parcel took", "The course lasts")),
-    ("dozen eggs", "single eggs", 12, ("The baker bought", "The fridge holds", "We need")),
-    ("metres", "centimetres", 100, ("The rope measures", "The plank measures", "The wall measures")),
-    ("kilometres", "metres", 1000, ("The walk is", "The lake is", "The school is away by")),
-    ("kilograms", "grams", 1000, ("The sack weighs", "The dog weighs", "The pumpkin weighs")),
-    ("litres", "millilitres", 1000, ("The bucket holds", "The pot holds", "The can holds")),
-    ("pounds", "pence", 100, ("The ticket costs", "The book costs", "The lamp costs")),
-)
-"""The larger unit, the smaller one, how many of it the larger has, and what the question opens with."""
+NAMES = ("Tom", "Ada", "Ben", "Mia", "Joe", "Eva")
+THINGS = ("apples", "coins", "books", "pens", "shells", "stamps")
 
 
 def questions() -> list[dict[str, Any]]:
     """Every question there is, in a fixed random order, with its answer as text."""
     found = [
         {
-            "prompt": f"{opening} {count} {larger}. How many {smaller} is that?",
-            "answer": str(count * factor),
+            "prompt": f"{name} has {a} {thing}, and gets {b} more. How many {thing} is that?",
+            "answer": str(a + b),
         }
-        for larger, smaller, factor, openings in UNITS
-        for opening in openings
-        for count in range(2, 13)
+        for name in NAMES
+        for thing in THINGS
+        for a, b in product(range(2, 10), repeat=2)
     ]
-    random.Random("unit conversions").shuffle(found)
+    found += [
+        {
+            "prompt": f"There are {a} boxes with {b} {thing} in each. How many {thing} is that?",
+            "answer": str(a * b),
+        }
+        for thing in THINGS
+        for a, b in product(range(2, 10), repeat=2)
+    ]
+    random.Random("sums in words").shuffle(found)
     return found
 
 

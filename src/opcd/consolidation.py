@@ -19,9 +19,9 @@ from typing import Any
 
 from opcd.adapters import load_weights
 from opcd.assembly import assemble, load_rows
-from opcd.candidates import find_candidates
+from opcd.candidates import digest, find_candidates
 from opcd.comparing import ensure_trained, off_policy
-from opcd.config import Run, derive
+from opcd.config import Run, derive, dump_config
 from opcd.errors import ConfigError, NothingLearnedError, OverLongError, RunFolderError
 from opcd.intervals import estimate, mcnemar
 from opcd.programs import evaluate_best, read_evaluation
@@ -156,11 +156,15 @@ def measure_raw(run: Run, number: int, folder: RoundFolder, say: Say) -> dict[st
     traces, known = folder.raw, folder.raw_traces
     if not traces.is_file() or not traces.read_text(encoding="utf-8").strip():
         return "no raw_traces: not one trace fits the budget of experience.max_tokens"
+    measured_run = _with_experience(run, f"{run.name}-round-{number}-raw", [traces])
+    of = digest(traces.read_text(encoding="utf-8") + dump_config(measured_run))
     if known.is_file():
-        return json.loads(known.read_text(encoding="utf-8"))
+        found = json.loads(known.read_text(encoding="utf-8"))
+        if found["of"] == of:
+            return found
     say(f"measuring raw traces as context: {traces}")
     try:
-        parts = assemble(_with_experience(run, f"{run.name}-round-{number}-raw", [traces]))
+        parts = assemble(measured_run)
         items = rows_of(parts, "test", run.evaluation.test_rows)
     except OverLongError as error:
         return f"no raw_traces: {error}"
@@ -170,6 +174,7 @@ def measure_raw(run: Run, number: int, folder: RoundFolder, say: Say) -> dict[st
     metrics["response_tokens"] = [float(len(r.response_ids)) for r in rollouts]
     metrics["truncated"] = [float(not r.finished) for r in rollouts]
     found = {
+        "of": of,
         "metrics": {name: estimate(values).as_json() for name, values in metrics.items()},
         "answers": [
             {"id": item.task.id, "text": r.text, "note": r.score.note, **r.score.metrics}

@@ -144,10 +144,12 @@ def gather_traces(round_: Gathering) -> list[list[Trace]]:
         return deal(round_, [t for t in stored if t.round in (None, number)])
     own = [t for t in stored if t.id.startswith(f"round-{number}/")]
     _check_settings(round_, "solving", _solving_settings(round_), bool(own))
-    if others := sum(t.seed is None for t in stored):
+    others = sum(t.seed is None for t in stored)
+    if others and number == 1:
         round_.notes.append(
-            f"{others} traces of others in {round_.store.name} are not read, since the run has "
-            "problems of its own; leave experience.problems out to learn from those"
+            f"{others} traces of others in {round_.store.name} are not read before the second "
+            "round, since the run has problems of its own; leave experience.problems out to learn "
+            "from those alone"
         )
     return solve(round_.parts, experience, round_.store, number, round_.say)
 

@@ -4,26 +4,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opcd.glossary import metric_name
-from opcd.tables import Grid, cell
+from opcd.tables import Grid, cell, is_share
 
 SHOWN = ("correct", "valid", "turns", "invalid_moves", "response_tokens")
 """Metrics of the table, as far as the rows have them."""
 
 
 def rounds_grid(rounds: Sequence[Mapping[str, Any]]) -> Grid:
-    """All conditions of all rounds, with 95 % intervals."""
+    """All conditions of all rounds; the first metric with its 95 % intervals."""
     measured = [one for one in rounds if one["conditions"]]
     known = {name for one in measured for table in one["conditions"].values() for name in table}
     metrics = [name for name in SHOWN if name in known]
     if "correct" not in known:
         metrics += sorted(known - {*metrics, "agreement", "truncated", "kl_nats_per_token"})
     rows = [
-        ["" if place else str(one["round"]), name, *(cell(m, table.get(m)) for m in metrics)]
+        ["" if place else str(one["round"]), name, *_cells(metrics, table)]
         for one in measured
         for place, (name, table) in enumerate(one["conditions"].items())
     ]
     count = measured[0]["rows"] if measured else 0
-    names = [metric_name(metric) for metric in metrics]
+    names = [metric_name(metric).removeprefix("answer length, ") for metric in metrics]
     return Grid(f"{count} test rows, by round", ["round", "condition", *names], rows)
 
 
@@ -47,3 +47,14 @@ def learned_lines(found: Mapping[str, Any]) -> list[str]:
         lines += paired_words(one["paired"], name)
         lines += [name + note for note in one.get("notes", ())]
     return [*lines, *paired_words(found["paired"])]
+
+
+def _cells(metrics: Sequence[str], table: Mapping[str, Any]) -> list[str]:
+    first, *others = metrics
+    return [cell(first, table.get(first)), *(_mean(name, table.get(name)) for name in others)]
+
+
+def _mean(metric: str, found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    return f"{100 * found['mean']:.0f} %" if is_share(metric) else f"{found['mean']:.2f}"

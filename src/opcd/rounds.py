@@ -5,8 +5,10 @@ was and leaves alone what is done, so that the same command, interrupted anywher
 result.
 """
 
+import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from opcd.config import Run, derive
@@ -23,8 +25,9 @@ from opcd.gathering import (
     skipped_notes,
 )
 from opcd.intervals import mcnemar
-from opcd.runs import RunFolder, make_folder, read_jsonl, round_folder, write_json
+from opcd.runs import RoundFolder, RunFolder, make_folder, read_jsonl, round_folder, write_json
 from opcd.selection import Selection, select
+from opcd.traces import Trace, read_traces
 
 Say = Callable[[str], object]
 
@@ -41,6 +44,7 @@ def learn(run: Run, rounds: int, say: Say) -> dict[str, Any]:
     check_experience(run)
     folder = make_folder(run)
     done: list[dict[str, Any]] = []
+    found: dict[str, Any] = {}
     for number in range(1, rounds + 1):
         say(f"round {number} of {rounds}")
         done.append(_learn_round(run, number, say))
@@ -60,12 +64,32 @@ def gather_round(run: Run, number: int, say: Say) -> Gathering:
     round_ = open_round(run_of_round(run, number, say), number, say)
     if told := starts_again(run, number, len(round_.parts.items.get("extraction", []))):
         say(told)
-    traces = gather_traces(round_)
+    others = others_of(run, round_) if "extraction" in round_.parts.items else []
+    traces = [[*own, *others] for own in gather_traces(round_)]
     answers = extract(round_, traces)
     accumulate(round_, traces, answers)
     for note in (*round_.notes, *skipped_notes(answers)):
         say(note)
     return round_
+
+
+def others_of(run: Run, round_: Gathering) -> list[Trace]:
+    """What a service has appended to the store since the rounds before: learned from as well.
+
+    Which these are is settled when a round first looks, so that it gives the same result whenever
+    it is taken up again; what comes later is for the next one.
+    """
+    earlier = [round_folder(run, number) for number in range(1, round_.number)]
+    if not earlier:
+        return []
+    stores = sorted({round_.experience.store or folder.traces for folder in earlier})
+    # Rows without an id are named by their line, which two stores may both have.
+    named = [(f"{store.parent.name}/{t.id}", t) for store in stores for t in read_traces(store)]
+    found = {id_: replace(t, id=id_) for id_, t in named if t.seed is None}
+    if not round_.folder.others.is_file():
+        taken = {id_ for folder in earlier for id_ in _ids_in(folder)}
+        write_json(round_.folder.others, [id_ for id_ in found if id_ not in taken])
+    return [found[id_] for id_ in _ids_in(round_.folder) if id_ in found]
 
 
 def select_round(run: Run, number: int, say: Say) -> Selection:
@@ -153,10 +177,14 @@ def paired_rounds(run: Run, done: Sequence[Mapping[str, Any]]) -> list[dict[str,
     ]
 
 
+def _ids_in(folder: RoundFolder) -> list[str]:
+    file = folder.others
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+
+
 def _learn_round(run: Run, number: int, say: Say) -> dict[str, Any]:
     """A consolidated round, or one in which nothing was learned, with the words for that."""
     try:
         return consolidate_round(run, number, say)
     except NothingLearnedError as error:
-        say(str(error))
         return {"round": number, "conditions": {}, "paired": [], "verdict": str(error)}

@@ -178,6 +178,11 @@ class RoundFolder:
         return self.path / "selected.md"
 
     @property
+    def others(self) -> Path:
+        """Which traces that others wrote into the stores of rounds before are learned from."""
+        return self.path / "others.json"
+
+    @property
     def prefixes(self) -> Path:
         """Stored prompts to train on."""
         return self.path / "prefixes.jsonl"

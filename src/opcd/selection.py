@@ -103,7 +103,8 @@ def verdict(choice: Choice) -> str:
             f"no items: {chosen.mean:.3f} without any experience, and the highest score is {best}, "
             "so nothing that was learned is seen to help"
         )
-    what = f"{chosen.candidate.name}: {chosen.candidate.items} items, {chosen.candidate.tokens}"
+    items = f"{chosen.candidate.items} item{'s' * (chosen.candidate.items != 1)}"
+    what = f"{chosen.candidate.name}: {items}, {chosen.candidate.tokens}"
     if chosen == highest:
         return f"{what} tokens, score {chosen.mean:.3f}, the highest"
     return f"{what} tokens, score {chosen.mean:.3f}; the highest is {best}, and has more tokens"
