@@ -92,7 +92,8 @@ FLOORS = (
         "report",
         "cost_tables",
     ),
-    ("cli", "experience_cli", ""),
+    ("lab", "lab.*"),
+    ("cli", "experience_cli", "lab_cli", ""),
 )
 """Module patterns by floor; the package itself is the empty name. Imports only go down."""
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from opcd import experience_cli
+from opcd import experience_cli, lab_cli
 from opcd.errors import OpcdError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(experience_cli.app)
+app.add_typer(lab_cli.app, name="lab")
 console = Console()
 ANSWERS_SHOWN = 6
 

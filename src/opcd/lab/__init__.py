@@ -1,0 +1,1 @@
+"""The lab: a small world of text and a model of it, in which the method's claims are tested."""

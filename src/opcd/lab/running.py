@@ -1,0 +1,83 @@
+"""All claims of the lab in one go: trials side by side in several processes, then the verdicts."""
+
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from opcd.errors import ConfigError
+from opcd.lab import claims, learning
+from opcd.lab.claims import Finding, Say, Setup
+from opcd.lab.minds import MINDS, mind_folder
+
+CLAIMS: dict[str, Callable[[Setup], Finding]] = {
+    "gains": claims.gains,
+    "factorial": claims.factorial,
+    "teachers": claims.teachers,
+    "extraction": learning.extraction,
+    "growth": learning.growth,
+    "sizes": claims.sizes,
+    "forgetting": claims.forgetting,
+    "supports": claims.supports,
+    "rounds": learning.rounds,
+    "returning": claims.returning,
+}
+TOGETHER = (
+    ("extraction", "growth", "rounds"),
+    ("supports",),
+    ("gains",),
+    ("sizes",),
+    ("factorial", "teachers"),
+    ("forgetting", "returning"),
+)
+"""Claims that share trials are tried by one process, the longest first."""
+
+
+def read_claims(names: str) -> tuple[str, ...]:
+    """Claims by their names, with commas between; all of them where nothing is written.
+
+    Raises:
+        ConfigError: there is no claim of a name.
+    """
+    asked = tuple(name.strip() for name in names.split(",") if name.strip())
+    for name in asked:
+        if name not in CLAIMS:
+            raise ConfigError(f"--only {name!r} is no claim of the lab; write {', '.join(CLAIMS)}")
+    return asked or tuple(CLAIMS)
+
+
+def run_claims(
+    folder: Path, names: Sequence[str], seeds: Sequence[int], processes: int, say: Say
+) -> dict[str, Finding]:
+    """Try claims in worlds of every seed; what was tried before is not tried again.
+
+    Args:
+        folder: where worlds and trials are kept.
+        names: of the claims.
+        seeds: of the worlds.
+        processes: that try at the same time, with one thread each.
+        say: is told what is going on.
+    """
+    for mind in MINDS.values():
+        mind_folder(mind, say)
+    setup = Setup(folder, tuple(seeds))
+    groups = [tuple(n for n in group if n in names) for group in TOGETHER]
+    jobs = [(group, replace(setup, seeds=(seed,))) for group in groups if group for seed in seeds]
+    # Forked processes would share torch's threads, which do not survive it.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context) as pool:
+        waiting = {pool.submit(_try, *job): job for job in jobs}
+        for number, done in enumerate(as_completed(waiting), start=1):
+            group, own = waiting[done]
+            done.result()
+            say(f"{number} of {len(jobs)}: {', '.join(group)}, seed {own.seeds[0]}")
+    return {name: CLAIMS[name](setup) for name in names}
+
+
+def _try(names: Sequence[str], setup: Setup) -> None:
+    torch.set_num_threads(1)
+    for name in names:
+        CLAIMS[name](setup)

@@ -1,0 +1,169 @@
+"""Worlds of the lab: each is a hidden truth, told by a context or found out by trying.
+
+    code_book   a value for every key
+    rulebook    a desk for every product and an urgency for every tone, in messages
+    lake        what the symbols on a frozen lake stand for
+
+A world is an ordinary run: files and a configuration, for the programs that train real models.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Any, Literal
+
+from opcd.config import Run
+from opcd.lab import documents
+from opcd.lab import language as words
+from opcd.lab.minds import LAKE, MINDS, mind_folder, train_lakes
+from opcd.runs import write_text
+
+WorldName = Literal["code_book", "rulebook", "lake"]
+OTHERS = 12
+"""Other truths of the same kind, for anchors; as many again to measure on."""
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """A truth, and the files that tell it and ask about it."""
+
+    name: WorldName
+    seed: int
+    folder: Path
+    facts: Mapping[str, str]
+
+    @property
+    def context(self) -> Path:
+        """All the facts, as a context."""
+        return self.folder / "facts.md"
+
+
+def make_world(name: WorldName, seed: int, folder: Path) -> World:
+    """Draw a world and write its files: facts, rows of each split, anchors, and instructions."""
+    facts = truth(name, Random(f"{name}/{seed}"))
+    world = World(name, seed, folder / f"{name}-{seed}", facts)
+    world.folder.mkdir(parents=True, exist_ok=True)
+    write_text(world.context, tell(facts))
+    for split, rows in splits(world).items():
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        write_text(world.folder / f"{split}.jsonl", lines)
+    write_text(world.folder / "anchors.json", json.dumps(anchors(world)))
+    (world.folder / "instructions").mkdir(exist_ok=True)
+    asked = f"### user\n{{trace}}\n\n{{feedback}}\n\n{{previous}}\n\n{words.LESSONS}\n"
+    write_text(world.folder / "instructions" / "extract.md", asked)
+    return world
+
+
+def truth(name: WorldName, random: Random) -> dict[str, str]:
+    """The facts of a world."""
+    match name:
+        case "code_book":
+            return documents.draw_book(random)
+        case "rulebook":
+            return documents.draw_rules(random)
+        case "lake":
+            symbols = documents.draw_symbols(random)
+            return {symbols[role]: role for role in words.ROLES}
+
+
+def tell(facts: Mapping[str, str]) -> str:
+    """Facts as the lines of a context."""
+    return "".join(f"- {name} is {value}\n" for name, value in facts.items())
+
+
+def answer_of(facts: Mapping[str, str], prompt: str) -> str:
+    """The right answer to a question: what is known of its words, the key or product first."""
+    named = [word for word in prompt.split() if word in facts]
+    return " ".join(facts[word] for word in sorted(named, key=list(facts).index))
+
+
+def prompts_of(name: WorldName, random: Random) -> Iterator[str]:
+    """Questions of a world, over and over."""
+    while True:
+        if name == "code_book":
+            order = random.sample(words.KEYS, len(words.KEYS))
+            yield from (documents.question(key, random) for key in order)
+        else:
+            product, tone = random.choice(words.PRODUCTS), random.choice(words.TONES)
+            yield documents.message(product, tone, random)
+
+
+def splits(world: World) -> dict[str, list[dict[str, str]]]:
+    """Rows of each split; no prompt is in two of them. A lake has boards in their place."""
+    counts = {"test": 96, "validation": 48, "extraction": 96, "train": 256}
+    if world.name == "lake":
+        return {}
+    prompts, seen = prompts_of(world.name, Random(f"rows/{world.seed}")), set[str]()
+    found: dict[str, list[dict[str, str]]] = {}
+    for split, count in counts.items():
+        rows: list[dict[str, str]] = []
+        while len(rows) < count:
+            prompt = next(prompts)
+            if prompt not in seen:
+                seen.add(prompt)
+                rows.append({"prompt": prompt, "answer": answer_of(world.facts, prompt)})
+        found[split] = rows
+    return found
+
+
+def other_truths(world: World, split: str) -> list[dict[str, str]]:
+    """Truths of the same kind that are not this world's."""
+    random = Random(f"{split}/{world.name}/{world.seed}")
+    return [truth(world.name, random) for _ in range(OTHERS)]
+
+
+def anchors(world: World) -> dict[str, Any]:
+    """Other truths as system messages, with questions of their kind."""
+    found: dict[str, Any] = {}
+    for split in ("train", "test"):
+        random = Random(f"anchors/{split}/{world.seed}")
+        drawn = lake_prompts(random) if world.name == "lake" else prompts_of(world.name, random)
+        # The split's name is no word of the language: it keeps the two apart for people.
+        asked = [f"{prompt} {split}" for prompt in islice(drawn, 48)]
+        found[split] = {
+            "systems": [tell(facts) for facts in other_truths(world, split)],
+            "prompts": list(dict.fromkeys(asked)),
+        }
+    return found
+
+
+def lake_prompts(random: Random) -> Iterator[str]:
+    """First turns on lakes, in any symbols."""
+    lakes = train_lakes()
+    while True:
+        yield documents.board_text(random.choice(lakes), 0, documents.draw_symbols(random))
+
+
+def run_of(world: World, **changes: Any) -> Run:
+    """The world as a run that bakes its facts in; tables of `changes` are laid over it."""
+    tree: dict[str, Any] = {
+        "name": f"{world.name}-{world.seed}",
+        "seed": world.seed,
+        "out": world.folder / "runs",
+        "model": {
+            "path": str(mind_folder(MINDS["large"])),
+            "dtype": "float32",
+            "device": "cpu",
+            "tuning": {"type": "full"},
+        },
+        "context": {"type": "system_prompt", "path": world.context},
+        "teacher": {"type": "frozen"},
+        "rollout": {"max_new_tokens": 4},
+        "anchor": {"share": 0.0, "path": world.folder / "anchors.json", "max_new_tokens": 4},
+        "optimizer": {"lr": 5e-4},
+        "batch": {"prompts_per_step": 16, "rows_per_forward": 128},
+        "steps": 60,
+    }
+    if world.name == "lake":
+        symbols = {role: symbol for symbol, role in world.facts.items()}
+        game = LAKE.model_dump(mode="json")
+        tree["game"] = game | {"symbols": {"player": words.PLAYER, **symbols}}
+    else:
+        rows = {split: world.folder / f"{split}.jsonl" for split in ("train", "validation", "test")}
+        tree |= {"tasks": rows, "grader": {"type": "exact"}}
+    for key, value in changes.items():
+        tree[key] = {**tree.get(key, {}), **value} if isinstance(value, dict) else value
+    return Run.model_validate(tree)

@@ -1,0 +1,59 @@
+"""`opcd lab`: the paper's claims on a laptop; heavy imports wait until a verb needs them."""
+
+import os
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(help="Test the method's claims in a tiny world.", no_args_is_help=True)
+console = Console()
+
+QUICK_SEEDS = 1
+SEEDS = 3
+
+
+@app.command()
+def build() -> None:
+    """Train the lab's models from scratch, unless they are in the cache."""
+    from opcd.lab.minds import MINDS, mind_folder
+
+    for mind in MINDS.values():
+        folder = mind_folder(mind, _say)
+        console.print(f"{mind.name}: {folder}", markup=False, highlight=False)
+
+
+@app.command()
+def claims(
+    quick: Annotated[bool, typer.Option(help="One seed only: no verdict worth much.")] = False,
+    only: Annotated[str, typer.Option(help="Claims, with commas between; default: all.")] = "",
+    out: Annotated[Path, typer.Option(help="Where claims.md and claims.svg go.")] = Path("docs"),
+    work: Annotated[Path, typer.Option(help="Where trials are kept.")] = Path("runs/lab"),
+    seeds: Annotated[int, typer.Option(min=1, help="Worlds of each kind.")] = SEEDS,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="At the same time; default: one a core.")
+    ] = None,
+) -> None:
+    """Test the claims and write claims.md; what was tried before is not tried again."""
+    from opcd.lab.page import write_page
+    from opcd.lab.running import read_claims, run_claims
+
+    names, count = read_claims(only), QUICK_SEEDS if quick else seeds
+    started, workers = time.monotonic(), processes or os.cpu_count() or 1
+    out.mkdir(parents=True, exist_ok=True)
+    found = run_claims(work, names, range(count), workers, _say)
+    minutes = (time.monotonic() - started) / 60
+    facts = (
+        f"{count} worlds of each kind; models of under a million weights, trained from scratch; "
+        f"{workers} processes, {minutes:.0f} minutes."
+    )
+    page = write_page(out, found, facts)
+    for name, finding in found.items():
+        console.print(f"{name}: {finding.verdict}", highlight=False)
+    console.print(f"{page}: tables and figure; {minutes:.1f} minutes", highlight=False)
+
+
+def _say(text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
