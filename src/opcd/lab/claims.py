@@ -17,9 +17,9 @@ FORGETS_LITTLE = -0.05
 """Not worse by more than so much counts as kept."""
 
 BUDGET: dict[WorldName, dict[str, Any]] = {
-    "code_book": {"steps": 100, "batch": {"prompts_per_step": 16}},
-    "rulebook": {"steps": 50, "batch": {"prompts_per_step": 16}},
-    "lake": {"steps": 60, "batch": {"prompts_per_step": 6}},
+    "code_book": {"steps": 150, "batch": {"prompts_per_step": 16}},
+    "rulebook": {"steps": 80, "batch": {"prompts_per_step": 16}},
+    "lake": {"steps": 140, "batch": {"prompts_per_step": 6}, "optimizer": {"lr": 2e-4}},
 }
 """What every way to train gets in a world: steps, and prompts or boards in each."""
 OFF_POLICY: dict[str, Any] = {"rollout": {"teacher_fraction": 1.0}}
