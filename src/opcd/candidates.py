@@ -157,7 +157,7 @@ def score_candidates(
 
 def scored_rows(parts: Parts) -> list[Item]:
     """The validation rows that candidates are scored on."""
-    return parts.items["validation"][: experience_of(parts).select_rows]
+    return list(parts.items["validation"][: experience_of(parts).select_rows])
 
 
 def batches(candidates: Sequence[Candidate], rows: int, most_rows: int) -> list[list[Candidate]]:
