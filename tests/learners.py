@@ -28,6 +28,7 @@ def experience_run(tmp_path: Path, model_path: Path, *overrides: str) -> Run:
     table = """experience = { problems = "problems.jsonl", seeds = 2, steps = 3 }"""
     toml.write_text(toml.read_text("utf-8").replace(given, table), encoding="utf-8")
     few = ("steps=2", "evaluation.every_steps=2", "checkpoint.every_steps=1", "optimizer.lr=0.02")
+    few += ("evaluation.suites=[]",)
     return load_config(toml, [f"out={tmp_path / 'runs'}", *few, *overrides])
 
 
@@ -121,6 +122,7 @@ def game_learner(tmp_path: Path, model_path: Path, *overrides: str) -> Run:
         "evaluation.every_steps=2",
         "checkpoint.every_steps=1",
         "optimizer.lr=0.02",
+        "evaluation.suites=[]",
     )
     return load_config(toml, [f"out={tmp_path / 'runs'}", *few, *overrides])
 
