@@ -12,7 +12,7 @@ from opcd.envs.games import openings_of
 from opcd.errors import OverLongError
 from opcd.rendering import Renderer
 from opcd.tasks import draw
-from opcd.types import Context, Message, PromptPair, Task
+from opcd.types import Context, Message, Origin, PromptPair, Task
 from tiny import make_game_run, make_run
 from worlds import tokenizer
 
@@ -82,9 +82,9 @@ class Watched(Renderer):
 
     rendered: list[str] = field(default_factory=list)
 
-    def pair(self, task: Task, *rest: object) -> PromptPair:
+    def pair(self, task: Task, context: Context, origin: Origin = "task") -> PromptPair:
         self.rendered.append(task.id)
-        return super().pair(task, *rest)  # type: ignore[arg-type]
+        return super().pair(task, context, origin)
 
 
 LESSONS = [Context(system="lesson " * n) for n in (1, 3, 9)]

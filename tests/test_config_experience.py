@@ -233,6 +233,13 @@ def test_a_game_brings_its_own_problems(tmp_path: Path, tables: str, message: st
         load_config(write_run(tmp_path, tables=f"[experience]\n{tables}\n", toml=GAME))
 
 
+def test_a_game_without_boards_of_its_own_starts_from_a_store(tmp_path: Path) -> None:
+    tables = '[experience]\nstore = "none.jsonl"\n[game.boards]\nextraction = {}\n'
+    check_files(load_config(write_run(tmp_path, tables=tables.format(1), toml=GAME)))
+    with pytest.raises(TaskError, match=r"experience\.store = .*no such file"):
+        check_files(load_config(write_run(tmp_path, tables=tables.format(0), toml=GAME)))
+
+
 def test_a_game_needs_no_key_at_all(tmp_path: Path) -> None:
     run = load_config(write_run(tmp_path, tables="[experience]\n", toml=GAME))
     check_files(run)
