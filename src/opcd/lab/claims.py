@@ -57,12 +57,18 @@ class Setup:
 
     folder: Path
     seeds: tuple[int, ...] = (0, 1, 2)
+    pace: float = 1.0
+    """Share of the steps that a training gets: below 1 it is quicker, and worse."""
     say: Say = lambda _: None
 
     @property
     def bench(self) -> Bench:
         """Where trials are kept."""
         return Bench(self.folder / "trials")
+
+    def steps(self, full: int) -> int:
+        """Steps of a training that has so many at full pace."""
+        return max(1, round(full * self.pace))
 
     def worlds(self, name: WorldName) -> list[World]:
         """One world of a kind for each seed."""
@@ -73,7 +79,8 @@ class Setup:
         found: list[Measured] = []
         for world in self.worlds(name):
             self.say(f"{name} {world.seed}: {way}")
-            run = run_of(world, **_merge(BUDGET[name], *changes))
+            table = _merge(BUDGET[name], *changes)
+            run = run_of(world, **{**table, "steps": self.steps(table["steps"])})
             found.append(self.bench.measure(world, run))
         return found
 
