@@ -13,6 +13,13 @@ from opcd.lab.verdicts import Comparison, Verdict, over_seeds, overall, paired, 
 from opcd.lab.worlds import World, WorldName, make_world, run_of
 
 Say = Callable[[str], object]
+
+
+def be_silent(text: str) -> None:
+    """Say nothing; a function with a name, since it is handed to other processes."""
+    del text
+
+
 FORGETS_LITTLE = -0.05
 """Not worse by more than so much counts as kept."""
 
@@ -59,7 +66,7 @@ class Setup:
     seeds: tuple[int, ...] = (0, 1, 2)
     pace: float = 1.0
     """Share of the steps that a training gets: below 1 it is quicker, and worse."""
-    say: Say = lambda _: None
+    say: Say = be_silent
 
     @property
     def bench(self) -> Bench:
