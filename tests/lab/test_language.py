@@ -1,5 +1,6 @@
 """The language: what matters survives, what says nothing has no token, and words go both ways."""
 
+from functools import cache
 from random import Random
 from typing import Any
 
@@ -37,6 +38,7 @@ def read(text: str) -> list[str]:
     return [names[id_] for id_ in encode(text)]
 
 
+@cache
 def episodes(count: int = 40) -> list[tuple[list[str], list[Action | None], str]]:
     """Random games: the observations, the actions, and the ending's kind."""
     random, found = Random(0), []
@@ -108,7 +110,6 @@ def test_of_a_game_only_boards_actions_and_its_ending_are_read() -> None:
     """Whole episodes: nothing in the game's own prose has a token, and no cell is lost."""
     kinds = set[str]()
     for seen, done, kind in episodes():
-        env = make_env(GAME, boards_of(GAME)["test"][0])
         # Of what is seen, single capital letters are cells; the rest is prose.
         boards = [[c for c in text.split() if len(c) == 1 and c.isupper()] for text in seen]
         ending = {"solved": ["X", "solved."], "failed": ["B", "lost."]}.get(kind, [])
@@ -119,7 +120,7 @@ def test_of_a_game_only_boards_actions_and_its_ending_are_read() -> None:
                 expected += ending
             expected += board
         assert all(len(board) == 16 for board in boards)
-        assert read(history_text(env.introduction, seen, done)) == expected
+        assert read(history_text(words.INTRODUCTION, seen, done)) == expected
         kinds.add(kind)
     assert {"failed", "invalid_moves"} <= kinds
 
@@ -169,6 +170,11 @@ def test_a_trace_is_read_as_the_lessons_of_the_documents_are() -> None:
         if document.ids == encode(prompt) + written:
             return
     raise AssertionError("no document is like the prompt")
+
+
+def test_the_introduction_of_the_documents_is_the_games() -> None:
+    env = make_env(GAME, boards_of(GAME)["test"][0])
+    assert encode(env.introduction) == encode(words.INTRODUCTION)
 
 
 def test_every_split_has_boards() -> None:
