@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from opcd.envs.games import boards_of
-from opcd.instructions import read_instructions
+from opcd.instructions import parse_instructions
 from opcd.lab import language as words
 from opcd.lab.minds import LAKE
 from opcd.lab.worlds import (
@@ -105,7 +105,7 @@ def test_the_instructions_can_be_read(world: World) -> None:
     text = path.read_text(encoding="utf-8")
     places = [text.index(part) for part in ("{trace}", "{feedback}", words.LESSONS)]
     assert places == sorted(places)
-    assert read_instructions(path, ("trace", "feedback", "previous"))
+    assert parse_instructions(text, path.name, ("trace", "feedback", "previous"))
 
 
 def test_a_world_is_a_run(world: World, reading: Path) -> None:
