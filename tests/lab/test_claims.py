@@ -8,13 +8,19 @@ from typing import Any
 
 import pytest
 
-from opcd.lab import claims
+from opcd.lab import claims, verdicts
 from opcd.lab.claims import Finding, Setup
 from opcd.lab.trials import Measured
 from opcd.lab.worlds import World
 
 ROWS = 60
 Share = Callable[[str], Mapping[str, float]]
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The differences here are far from 0: coarse intervals will do."""
+    monkeypatch.setattr(verdicts, "DRAWS", 100)
 
 
 def marks(share: float) -> list[float]:

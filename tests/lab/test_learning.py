@@ -5,12 +5,18 @@ from typing import Any
 
 import pytest
 
-from opcd.lab import learning
+from opcd.lab import learning, verdicts
 from opcd.lab.claims import Setup
 from opcd.lab.learning import CONDITIONS, ROUNDS, TRACES, experience_run
 from opcd.lab.worlds import make_world
 
 BETTER = {"base": 0.1, "raw_traces": 0.2, "items": 0.6, "off_policy": 0.6, "baked": 0.7}
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The differences here are far from 0: coarse intervals will do."""
+    monkeypatch.setattr(verdicts, "DRAWS", 100)
 
 
 def marks(share: float) -> list[float]:

