@@ -71,18 +71,22 @@ def rounds_of(setup: Setup, world: World) -> tuple[Rounds, list[dict[str, Any]]]
 
 def extraction(setup: Setup) -> Finding:
     """Extraction beats raw traces, and baking keeps what it gave."""
-    first = [rounds[0] for rounds, _ in _all(setup) if rounds]
+    first = [found[0] for found in _learned(setup)]
     marks = {name: [one[name] for one in first] for name in CONDITIONS}
     return Finding(
         "Lessons that were extracted from traces help more than the traces themselves, and can be "
         "baked in",
         "code_book",
-        [Line(name, {"right": pooled(several)}) for name, several in marks.items()],
+        [Line(name, {"right": pooled(several)}) for name, several in marks.items() if several],
         [
             Comparison(a, b, "right", paired(marks[a], marks[b]))
             for a, b in (("items", "raw_traces"), ("items", "base"), ("baked", "raw_traces"))
+            if first
         ],
-        [f"{TRACES} traces, round 1; the experience was chosen on validation rows"],
+        [
+            f"{TRACES} traces, round 1; the experience was chosen on validation rows",
+            *_left_out(setup, len(first)),
+        ],
     )
 
 
@@ -115,24 +119,36 @@ def growth(setup: Setup) -> Finding:
 
 def rounds(setup: Setup) -> Finding:
     """Rounds keep improving."""
-    several = [found for found, _ in _all(setup)]
+    several = _learned(setup)
     # A round that learned nothing leaves the model as it was.
     baked = [[_after(found, number) for found in several] for number in range(ROUNDS + 1)]
     names = ["before", *(f"round {number}" for number in range(1, ROUNDS + 1))]
-    figures: list[Mapping[str, Estimate]] = [{"right": pooled(marks)} for marks in baked]
+    figures: list[Mapping[str, Estimate]] = [{"right": pooled(marks)} for marks in baked if marks]
     return Finding(
         "Every further round of learning from its own traces improves the model",
         "code_book",
-        [Line(name, one) for name, one in zip(names, figures, strict=True)],
+        [Line(name, one) for name, one in zip(names, figures, strict=False)],
         [
             Comparison(names[n], names[n - 1], "right", paired(baked[n], baked[n - 1]))
             for n in range(1, ROUNDS + 1)
+            if several
         ],
+        _left_out(setup, len(several)),
     )
 
 
 def _all(setup: Setup) -> list[tuple[Rounds, list[dict[str, Any]]]]:
     return [rounds_of(setup, world) for world in setup.worlds("code_book")]
+
+
+def _learned(setup: Setup) -> list[Rounds]:
+    """The worlds in which there was something to bake in: in the others nothing was measured."""
+    return [found for found, _ in _all(setup) if found]
+
+
+def _left_out(setup: Setup, count: int) -> list[str]:
+    none = len(setup.seeds) - count
+    return [f"{none} worlds are left out: no items were the best choice there"] if none else []
 
 
 def _after(found: Rounds, number: int) -> Marks:

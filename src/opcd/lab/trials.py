@@ -53,7 +53,10 @@ class Bench:
     def measure(self, world: World, run: Run) -> Measured:
         """Train a run and measure it, unless that was done before."""
         tree = run.model_dump(mode="json", exclude={"out", "name"})
-        tree["model"]["path"] = Path(run.model.path).name
+        for table in (tree["model"], tree["teacher"]):
+            # Names of minds say what they are, wherever the cache lies.
+            if table.get("path"):
+                table["path"] = Path(table["path"]).name
         text = json.dumps([world.name, world.seed, tree], sort_keys=True, default=str)
         text = text.replace(str(world.folder), "")
         file = self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"

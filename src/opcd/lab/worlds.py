@@ -165,5 +165,11 @@ def run_of(world: World, **changes: Any) -> Run:
         rows = {split: world.folder / f"{split}.jsonl" for split in ("train", "validation", "test")}
         tree |= {"tasks": rows, "grader": {"type": "exact"}}
     for key, value in changes.items():
-        tree[key] = {**tree.get(key, {}), **value} if isinstance(value, dict) else value
+        tree[key] = _over(tree.get(key, {}), value) if isinstance(value, dict) else value
     return Run.model_validate(tree)
+
+
+def _over(table: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """A table with changes; one of another type keeps nothing, least of all the facts' path."""
+    kept = table if change.get("type", table.get("type")) == table.get("type") else {}
+    return {**kept, **change}

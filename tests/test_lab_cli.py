@@ -1,0 +1,56 @@
+"""The lab's verbs: what is asked wrong is said before anything is trained, what is found is written."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from opcd import cli, lab_cli
+from opcd.lab import minds, running
+from opcd.lab.claims import Finding
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(lab_cli, "console", lab_cli.Console(width=200))
+    monkeypatch.setattr(sys, "argv", ["opcd", "lab", *arguments])
+    with pytest.raises(SystemExit) as done:
+        cli.main()
+        raise SystemExit(0)
+    return done.value.code if isinstance(done.value.code, int) else 0
+
+
+def test_an_unknown_claim_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "claims", "--only", "gains,luck") == 2
+    told = capsys.readouterr().err
+    assert "luck" in told
+    assert all(name in told.replace("\n", " ") for name in running.CLAIMS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_claims_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[object] = []
+
+    def found(folder: Path, names: object, seeds: object, *_: object) -> dict[str, Finding]:
+        asked.append((folder, names, seeds))
+        return {"gains": Finding("A claim", "lake", [], [])}
+
+    monkeypatch.setattr(running, "run_claims", found)
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "claims", "--only", "gains", "--quick", "--out", "pages") == 0
+    assert asked == [(Path("runs/lab"), ("gains",), range(1))]
+    assert "gains: undecided" in capsys.readouterr().out
+    assert "1 world" in (tmp_path / "pages" / "claims.md").read_text(encoding="utf-8")
+
+
+def test_minds_are_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(minds, "mind_folder", lambda mind, _: tmp_path / mind.name)
+    assert run(monkeypatch, "build") == 0
+    told = capsys.readouterr().out
+    assert all(f"{name}: {tmp_path / name}" in told for name in minds.MINDS)
