@@ -44,7 +44,7 @@ class World:
 def make_world(name: WorldName, seed: int, folder: Path) -> World:
     """Draw a world and write its files: facts, rows of each split, anchors, and instructions."""
     facts = truth(name, Random(f"{name}/{seed}"))
-    world = World(name, seed, folder / f"{name}-{seed}", facts)
+    world = World(name, seed, folder.resolve() / f"{name}-{seed}", facts)
     world.folder.mkdir(parents=True, exist_ok=True)
     write_text(world.context, tell(facts))
     for split, rows in splits(world).items():
