@@ -1,4 +1,4 @@
-"""The lab's verbs: what is asked wrong is said before anything is trained, what is found is written."""
+"""The lab's verbs: what is asked wrong is refused before any training; findings are written."""
 
 import sys
 from pathlib import Path

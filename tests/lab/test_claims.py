@@ -133,9 +133,7 @@ def test_tables_have_every_condition(
     assert all({c.first, c.second} <= CONDITIONS[name] for c in one.comparisons)
 
 
-def test_the_figures_are_of_their_conditions(
-    setup: Setup, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_figures_are_of_their_conditions(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     one = found(claims.gains, setup, monkeypatch, BETTER["gains"])
     shown = {line.condition: line.figures["solved"].mean for line in one.lines}
     expected = {"base": 0.1, "in_context": 0.4, "off_policy": 0.7, "baked": 1.0}
