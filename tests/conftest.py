@@ -1,11 +1,13 @@
 """What many tests share."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 
+from opcd.config import Run
 from worlds import tiny_llama, tokenizer
 
 torch.set_num_threads(1)
@@ -46,3 +48,19 @@ def whole_run_path(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Pa
     from tiny import whole_run
 
     return whole_run(tmp_path_factory.mktemp("whole"), tiny_model_path)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory, learner_path: Path
+) -> tuple[Run, dict[str, Any], list[str]]:
+    """Two rounds of learning in one go: the run, what was found, and what was said."""
+    from learners import Learner, experience_run
+    from opcd import assembly
+    from opcd.rounds import learn
+
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assembly, "HFEngine", Learner)
+        run = experience_run(tmp_path_factory.mktemp("rounds"), learner_path)
+        return run, learn(run, 2, said.append), said

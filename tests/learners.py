@@ -16,6 +16,15 @@ from opcd.types import Rollout
 from tiny import make_game_run, write_recipe
 from worlds import END_ID, tokenizer, write_jsonl
 
+FEW = (
+    "steps=2",
+    "evaluation.every_steps=2",
+    "checkpoint.every_steps=1",
+    "optimizer.lr=0.02",
+    "evaluation.suites=[]",
+)
+"""What makes a run small."""
+
 
 def experience_run(tmp_path: Path, model_path: Path, *overrides: str) -> Run:
     """A tiny run that learns its context, whose folder lies under `tmp_path`."""
@@ -27,8 +36,7 @@ def experience_run(tmp_path: Path, model_path: Path, *overrides: str) -> Run:
     given = """context = { type = "system_prompt", path = "system.md" }"""
     table = """experience = { problems = "problems.jsonl", seeds = 2, steps = 3 }"""
     toml.write_text(toml.read_text("utf-8").replace(given, table), encoding="utf-8")
-    few = ("steps=2", "evaluation.every_steps=2", "checkpoint.every_steps=1", "optimizer.lr=0.02")
-    return load_config(toml, [f"out={tmp_path / 'runs'}", *few, *overrides])
+    return load_config(toml, [f"out={tmp_path / 'runs'}", *FEW, *overrides])
 
 
 def lesson_parts(tmp_path: Path, model_path: Path) -> Parts:
@@ -115,13 +123,7 @@ def game_learner(tmp_path: Path, model_path: Path, *overrides: str) -> Run:
     given = """context = { type = "system_prompt", path = "system.md" }"""
     table = "experience = { seeds = 2, steps = 2 }"
     toml.write_text(toml.read_text("utf-8").replace(given, table), encoding="utf-8")
-    few = (
-        "rollout.max_new_tokens=12",
-        "steps=2",
-        "evaluation.every_steps=2",
-        "checkpoint.every_steps=1",
-        "optimizer.lr=0.02",
-    )
+    few = (*FEW, "rollout.max_new_tokens=12")
     return load_config(toml, [f"out={tmp_path / 'runs'}", *few, *overrides])
 
 

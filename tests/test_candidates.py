@@ -131,9 +131,10 @@ def test_scores_of_other_rows_or_another_model_do_not_count(parts: Parts, tmp_pa
     parts.items["validation"] = parts.items["validation"][1:]
     assert all(len(one.marks) == ROWS - 1 for one in scores(parts, folder))
     assert len(parts.engine.asked) == before + 2 * (ROWS - 1)
-    parts.config = derive(parts.config, evaluation={"temperature": 0.5})
-    scores(parts, folder)
-    assert len(parts.engine.asked) == before + 4 * (ROWS - 1)
+    for times, changed in enumerate(({"temperature": 0.5}, {"top_p": 0.9}, {"top_k": 5}), start=2):
+        parts.config = derive(parts.config, evaluation=changed)
+        scores(parts, folder)
+        assert len(parts.engine.asked) == before + 2 * times * (ROWS - 1), changed
 
 
 def test_select_rows_are_the_first_ones(parts: Parts, tmp_path: Path) -> None:

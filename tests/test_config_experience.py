@@ -1,18 +1,19 @@
 """The `[experience]` table: defaults, paths, and keys that contradict each other."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from opcd.assembly import with_contexts
 from opcd.checking import check_context, check_run
 from opcd.config import Run, check_files, dump_config, load_config
 from opcd.config.experience import Experience
 from opcd.config.extractors import Endpoint, Local
 from opcd.config.inputs import Jsonl, Lessons, Tasks
+from opcd.contexts import load_context, pool_of
 from opcd.errors import ConfigError, TaskError
 from opcd.tasks import load_splits
-from opcd.types import Message, Task
+from opcd.types import Context, Message, Task
 from worlds import write_jsonl, write_run
 
 TOML = """
@@ -180,7 +181,7 @@ def test_a_run_without_its_experience_cannot_be_trained(tmp_path: Path) -> None:
         check_context(load(tmp_path))
 
 
-ROWS = [(Task(f"t{i}", (Message("user", f"{i}?"),)), None) for i in range(40)]
+ROWS = [Task(f"t{i}", (Message("user", f"{i}?"),)) for i in range(40)]
 
 
 def pool(folder: Path, count: int) -> Lessons:
@@ -190,31 +191,25 @@ def pool(folder: Path, count: int) -> Lessons:
     return Lessons(path=paths)
 
 
-def test_a_pool_is_a_product_for_train_rows(tmp_path: Path) -> None:
-    """Training draws from every row with every experience, each under an id of its own."""
-    rows, contexts = with_contexts(pool(tmp_path, 3), "train", ROWS[:4])
-    assert len({task.id for task, _ in rows}) == len(rows) == 12
-    asked = {(t.messages, c.user_template) for (t, _), c in zip(rows, contexts, strict=True)}
-    assert len(asked) == 12
-    assert {task.messages for task, _ in rows} == {task.messages for task, _ in ROWS[:4]}
+def contexts_of(config: Lessons, tasks: Sequence[Task] = ROWS) -> list[Context]:
+    return [load_context(config, task) for task in tasks]
 
 
-def test_another_split_meets_one_of_a_pool_always_the_same(tmp_path: Path) -> None:
+def test_outside_of_training_a_row_meets_one_of_a_pool_always_the_same(tmp_path: Path) -> None:
     lessons = pool(tmp_path, 3)
-    rows, contexts = with_contexts(lessons, "test", ROWS)
-    assert rows == ROWS
+    contexts = contexts_of(lessons)
     assert len({c.user_template for c in contexts}) == 3
-    assert with_contexts(lessons, "test", ROWS[5:9])[1] == contexts[5:9]
+    assert contexts_of(lessons, ROWS[5:9]) == contexts[5:9]
 
 
 def test_one_experience_is_a_context_like_any_other(tmp_path: Path) -> None:
-    rows, contexts = with_contexts(pool(tmp_path, 1), "train", ROWS[:2])
-    assert rows == ROWS[:2] and contexts[0] == contexts[1]
+    contexts = contexts_of(pool(tmp_path, 1), ROWS[:2])
+    assert contexts[0] == contexts[1] and pool_of(pool(tmp_path, 1)) == []
     assert "- item of 0.md" in contexts[0].user_template
 
 
 def test_no_experience_yet_is_no_context() -> None:
-    assert all(c.is_empty for c in with_contexts(Lessons(), "train", ROWS)[1])
+    assert all(c.is_empty for c in contexts_of(Lessons()))
 
 
 GAME = """
@@ -236,6 +231,13 @@ type = "frozen_lake"
 def test_a_game_brings_its_own_problems(tmp_path: Path, tables: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(write_run(tmp_path, tables=f"[experience]\n{tables}\n", toml=GAME))
+
+
+def test_a_game_without_boards_of_its_own_starts_from_a_store(tmp_path: Path) -> None:
+    tables = '[experience]\nstore = "none.jsonl"\n[game.boards]\nextraction = {}\n'
+    check_files(load_config(write_run(tmp_path, tables=tables.format(1), toml=GAME)))
+    with pytest.raises(TaskError, match=r"experience\.store = .*no such file"):
+        check_files(load_config(write_run(tmp_path, tables=tables.format(0), toml=GAME)))
 
 
 def test_a_game_needs_no_key_at_all(tmp_path: Path) -> None:

@@ -9,7 +9,14 @@ import pytest
 from learners import Learner, experience_run, game_learner
 from opcd import assembly
 from opcd.config import Run, derive
-from opcd.consolidation import check_unchanged, consolidate, experience_files, measure_raw, paired
+from opcd.consolidation import (
+    check_unchanged,
+    consolidate,
+    experience_files,
+    measure_raw,
+    paired,
+    raw_files,
+)
 from opcd.errors import ConfigError, NothingLearnedError, RunFolderError, TaskError
 from opcd.runs import RoundFolder, RunFolder, open_run, read_jsonl, round_folder, write_json
 from opcd.traces import Trace, append_traces
@@ -27,9 +34,13 @@ def run(monkeypatch: pytest.MonkeyPatch, learner_path: Path, tmp_path: Path) -> 
 
 
 def choose(folder: RoundFolder, text: str = "- lesson from a\n- lesson from b\n") -> None:
-    write_json(folder.selection, {"verdict": "no items: 0.5 without any experience"})
+    verdict = "no items: 0.5 without any experience"
+    write_json(folder.selection, {"verdict": verdict, "chosen": {"seed": 1}})
     folder.selected.write_text(text, encoding="utf-8")
-    folder.raw.write_text("User:\nproblem 1?\n\nAssistant:\nb\n", encoding="utf-8")
+    for seed in (0, 1):
+        folder.seed(seed).mkdir(exist_ok=True)
+        said = f"User:\nproblem {seed}?\n\nAssistant:\nb\n"
+        folder.raw(seed).write_text(said, encoding="utf-8")
 
 
 def prompts(*texts: str) -> list[Trace]:
@@ -79,7 +90,6 @@ def test_where_no_items_is_best_there_is_nothing_to_bake(run: Run) -> None:
 def test_a_pool_leaves_out_seeds_that_learned_nothing(run: Run) -> None:
     run, folder = derive(run, experience={"use": "pool"}), round_folder(run)
     for seed, texts in enumerate((["", "- one\n", "- one\n- two\n"], ["", "", ""])):
-        folder.seed(seed).mkdir()
         for step, text in enumerate(texts):
             folder.experience(seed, step).write_text(text, encoding="utf-8")
     assert experience_files(run, folder) == [folder.experience(0, 2)]
@@ -99,24 +109,66 @@ def test_a_run_trained_with_another_experience_is_not_taken_for_this_one(run: Ru
     RunFolder(run.out / "tiny-round-1").config.write_text("{}", encoding="utf-8")
     check_unchanged(folder, [folder.selected], baked)
     choose(folder, "- lesson from d\n")
-    with pytest.raises(RunFolderError, match="was trained with another experience"):
+    with pytest.raises(RunFolderError, match="was not trained with the experience"):
+        check_unchanged(folder, [folder.selected], baked)
+    folder.baked_from.unlink()
+    with pytest.raises(RunFolderError, match="was not trained with the experience"):
         check_unchanged(folder, [folder.selected], baked)
 
 
-def test_raw_traces_are_measured_once_and_their_absence_is_said(run: Run) -> None:
+def test_raw_traces_are_those_of_the_seeds_that_are_baked_in(run: Run) -> None:
+    """Other traces would be another comparison."""
     folder = round_folder(run)
-    found = measure_raw(run, 1, folder, str)
-    assert isinstance(found, dict) and len(found["answers"]) == 4
+    assert raw_files(folder, [folder.selected]) == [folder.raw(1)]
+    pool = [folder.experience(seed, 2) for seed in (0, 1)]
+    assert raw_files(folder, pool) == [folder.raw(0), folder.raw(1)]
+    folder.raw(0).write_text("\n", encoding="utf-8")
+    assert raw_files(folder, pool) == [folder.raw(1)]
+
+
+def test_raw_traces_are_measured_once_and_their_absence_is_said(run: Run) -> None:
+    folder, said = round_folder(run), list[str]()
+    rows, raw = [f"test-{n:05d}" for n in range(4)], folder.raw(0)
+    found = measure_raw(run, 1, folder, [raw], rows, str)
+    assert isinstance(found, dict) and [row["id"] for row in found["answers"]] == rows
     assert found["metrics"]["correct"]["mean"] == 0.0
-    assert measure_raw(run, 1, folder, pytest.fail) == found
-    folder.raw.write_text("User:\nanother\n", encoding="utf-8")
-    said: list[str] = []
-    measure_raw(run, 1, folder, said.append)
+    assert measure_raw(run, 1, folder, [raw], rows, pytest.fail) == found
+    raw.write_text("User:\nanother\n", encoding="utf-8")
+    measure_raw(run, 1, folder, [raw], rows, said.append)
     assert len(said) == 1, "other traces are measured anew"
-    folder.raw.write_text("word " * 3000, encoding="utf-8")
-    assert "no raw_traces" in str(measure_raw(run, 1, folder, str))
-    folder.raw.write_text("\n", encoding="utf-8")
-    assert "not one trace fits" in str(measure_raw(run, 1, folder, str))
+    raw.write_text("word " * 3000, encoding="utf-8")
+    assert "no raw_traces" in str(measure_raw(run, 1, folder, [raw], rows, str))
+    assert "not one trace fits" in str(measure_raw(run, 1, folder, [], rows, str))
+
+
+def test_raw_traces_that_crowd_out_a_row_have_no_place_in_the_table(run: Run) -> None:
+    """They may be longer than the items, and conditions are compared row by row."""
+    folder = round_folder(run)
+    few = derive(run, rendering={"over_long": "drop_row"})
+    rows = [f"test-{n:05d}" for n in range(5)]
+    found = measure_raw(few, 1, folder, [folder.raw(0)], rows, str)
+    assert found == "no raw_traces: with them 4 of 5 test rows fit the model"
+
+
+def test_raw_traces_of_a_game_are_measured_turn_by_turn(
+    player_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as a response of the other conditions: a mean over turns, not the last one."""
+
+    class Wordy(Learner):
+        def script(self, policy: Any, prompt: Any) -> tuple[int, ...]:
+            said = super().script(policy, prompt)
+            return said[:-1] * 9 if prompt.task_id.endswith("/turn-1") else said
+
+    monkeypatch.setattr(assembly, "HFEngine", Wordy)
+    run = game_learner(tmp_path, player_path)
+    folder = round_folder(run)
+    folder.seed(0).mkdir()
+    folder.raw(0).write_text("- lesson from a\n", encoding="utf-8")
+    rows = ["test-00000", "test-00001"]
+    found = measure_raw(run, 1, folder, [folder.raw(0)], rows, str)
+    assert isinstance(found, dict) and found["metrics"]["turns"]["mean"] > 1
+    assert 0 < found["metrics"]["truncated"]["mean"] < 1, "the first turn was cut, the last not"
 
 
 def test_a_store_of_prompts_is_enough_to_train_on(run: Run) -> None:

@@ -325,7 +325,7 @@ def test_a_student_of_games_learns_the_context(player_path: Path, tmp_path: Path
     overrides = (
         *("optimizer.lr=0.003", "optimizer.warmup_steps=3", "steps=18", "anchor.share=0"),
         *("batch.prompts_per_step=5", "rollout.max_new_tokens=3", "batch.rows_per_forward=16"),
-        'loss.warmup={direction="forward_kl", steps=7}',
+        *("game.turns=4", 'loss.warmup={direction="forward_kl", steps=7}'),
     )
     parts = assemble(make_game_run(tmp_path, player_path, *overrides))
     kl_nats = [r.metrics["kl_nats_per_token"] for r in distill(parts, prepare(parts))]

@@ -218,8 +218,9 @@ def test_a_game_given_back_its_context_is_played_by_the_base_on_both_sides(
 
 
 def test_processes_share_the_boards_and_nothing_else(player_path: Path, tmp_path: Path) -> None:
-    """Two processes play what one plays, each board in one of them."""
-    keys = ("anchor.context_return=0.25", "batch.prompts_per_step=8")
+    """Two play what one plays, each episode in one of them; a board drawn again is another one."""
+    boards = "game.boards={train=1, extraction=0, validation=1, test=1}"
+    keys = ("anchor.context_return=0.25", "batch.prompts_per_step=8", boards)
     parts = playing(tmp_path, player_path, *keys, "rollout.teacher_fraction=0.5")
     alone = roll_out(parts, 0)
     halves: list[Rollouts] = []

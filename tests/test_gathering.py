@@ -1,6 +1,7 @@
 """The stages of a round: what they write, what they do not do twice, and any interruption."""
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,13 +18,11 @@ from opcd.experience import items_in
 from opcd.gathering import (
     Gathering,
     check_experience,
-    count_answers,
-    count_items,
-    count_traces,
     gather,
     gather_traces,
     open_round,
 )
+from opcd.learning_tables import count_answers, count_items, count_traces
 from opcd.rollouts.engine import Prompt, Sampling
 from opcd.rollouts.scripted import ScriptedEngine
 from opcd.runs import read_jsonl, round_folder
@@ -72,9 +71,9 @@ def test_a_round_leaves_traces_items_and_every_experience(
     seeds = [
         f"experience/round-1/seed-{seed}/{name}"
         for seed in (0, 1)
-        for name in ("answers.jsonl", *experiences, "items.jsonl")
+        for name in ("answers.jsonl", *experiences, "items.jsonl", "raw.md")
     ]
-    others = [f"experience/round-1/{name}" for name in ("raw.md", "settings.json", "traces.jsonl")]
+    others = [f"experience/round-1/{name}" for name in ("settings.json", "traces.jsonl")]
     assert sorted(files_of(run)) == sorted([*others, *seeds])
     for seed, grown in enumerate(found):
         files = learner(run).folder.experiences(seed)
@@ -98,16 +97,18 @@ def test_raw_traces_hold_to_the_same_budget(tiny_model_path: Path, tmp_path: Pat
     run = load_learner(tmp_path, tiny_model_path, "experience.max_tokens=120")
     round_ = learner(run)
     gather(round_)
-    raw = round_.folder.raw.read_text(encoding="utf-8")
-    assert 0 < round_.count_tokens(raw) <= 120
-    assert "Assistant:\nright\n\nThe answer is right." in raw and "Assistant:\nwrong" in raw
+    for seed, traces in enumerate(gather_traces(round_)):
+        raw = round_.folder.raw(seed).read_text(encoding="utf-8")
+        assert 0 < round_.count_tokens(raw) <= 120
+        assert "Assistant:\nright\n\nThe answer is right." in raw and "Assistant:\nwrong" in raw
+        assert traces[-1].prompt[0].content in raw and traces[0].prompt[0].content not in raw
 
 
 def test_nothing_fits_is_said(tiny_model_path: Path, tmp_path: Path) -> None:
     round_ = learner(load_learner(tmp_path, tiny_model_path, "experience.max_tokens=3"))
     found = gather(round_)
     assert [grown.text for grown in found] == ["", ""]
-    assert "raw.md is empty" in round_.notes[0]
+    assert "no trace of seed 0 fits" in round_.notes[0] and "raw.md is empty" in round_.notes[1]
 
 
 # --- interruptions
@@ -188,17 +189,19 @@ def test_more_steps_go_on_where_the_fewer_ended(tiny_model_path: Path, tmp_path:
     assert ours == theirs
 
 
-def test_fewer_steps_leave_no_later_experience_behind(
+def test_fewer_steps_or_seeds_leave_no_other_experience_behind(
     tiny_model_path: Path, tmp_path: Path
 ) -> None:
-    """They would be taken for candidates."""
+    """They would be taken for candidates; what was extracted is kept."""
     gather(learner(load_learner(tmp_path, tiny_model_path)))
-    round_ = learner(load_learner(tmp_path, tiny_model_path, "experience.steps=1"))
+    few = ("experience.steps=1", "experience.seeds=1")
+    round_ = learner(load_learner(tmp_path, tiny_model_path, *few))
     gather(round_)
     assert [path.name for path in round_.folder.experiences(0)] == [
         "experience-000.md",
         "experience-001.md",
     ]
+    assert round_.folder.experiences(1) == [] and round_.folder.answers(1).is_file()
 
 
 def test_another_budget_needs_no_model(tiny_model_path: Path, tmp_path: Path) -> None:
@@ -232,6 +235,36 @@ def test_changed_instructions_are_other_settings(tiny_model_path: Path, tmp_path
     gather(learner(run))
     (tmp_path / "asked" / "extract.md").write_text("### user\n{trace} {feedback}", "utf-8")
     with pytest.raises(RunFolderError, match="instructions"):
+        gather(learner(run))
+
+
+def test_traces_of_other_problems_or_models_are_not_taken_for_own(
+    tiny_model_path: Path, tmp_path: Path
+) -> None:
+    """As in a store that two runs name, or where the problems are other rows by now."""
+    run = load_learner(tmp_path, tiny_model_path)
+    gather(learner(run))
+    fewer = (tmp_path / "problems.jsonl").read_text("utf-8").splitlines()[:3]
+    (tmp_path / "problems.jsonl").write_text("\n".join(fewer), encoding="utf-8")
+    with pytest.raises(TraceError, match=r"trace 'round-1/seed-\d/step-\d' is .*problems, model"):
+        gather(learner(run))
+    shared = f"experience.store={round_folder(run).traces}"
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model_path, other)
+    with pytest.raises(TraceError, match="the store is another run's"):
+        gather(learner(load_learner(tmp_path, other, shared, "name=other")))
+
+
+def test_answers_stay_with_the_traces_they_are_of(tiny_model_path: Path, tmp_path: Path) -> None:
+    """A trace that has gone would shift all answers after it to others."""
+    store = tmp_path / "store.jsonl"
+    append_traces(store, served(6))
+    run = load_learner(tmp_path, tiny_model_path, toml=SERVICE)
+    gather(learner(run))
+    first = gather_traces(learner(run))[0][0].id
+    lines = store.read_text("utf-8").splitlines(keepends=True)
+    store.write_text("".join(line for line in lines if f'"{first}"' not in line), encoding="utf-8")
+    with pytest.raises(RunFolderError, match=rf"step 1 was extracted from '{first}', but now"):
         gather(learner(run))
 
 

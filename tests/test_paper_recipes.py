@@ -78,6 +78,7 @@ SMALL = (
 FEW_BOARDS = (
     "game.boards={train = 4, extraction = 2, validation = 2, test = 2}",
     "game.episodes=1",
+    "game.turns=7",
 )
 FEW_LESSONS = (
     "experience.seeds=2",

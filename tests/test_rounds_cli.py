@@ -3,12 +3,15 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from learners import Learner, experience_run, game_learner
+from learners import FEW, Learner, experience_run, game_learner
 from opcd import assembly, cli, experience_cli
+from opcd.config import Run
+from opcd.errors import RunFolderError
 from opcd.runs import RunFolder, round_folder
 
 Opcd = Callable[..., Result]
@@ -26,26 +29,38 @@ def opcd(monkeypatch: pytest.MonkeyPatch) -> Opcd:
     return run
 
 
-def test_two_rounds_of_single_answers(opcd: Opcd, learner_path: Path, tmp_path: Path) -> None:
-    run = experience_run(tmp_path, learner_path)
-    toml, few = tmp_path / "recipe" / "run.toml", (f"out={run.out}", "steps=1")
-    more = ("evaluation.every_steps=1", "evaluation.suites=[]")
-    done = opcd("experience", toml, *few, *more, "--rounds", "2")
-    assert done.exit_code == 0
-    found = json.loads(RunFolder(run.out / run.name).experience.read_text("utf-8"))
-    assert [list(one["conditions"]) for one in found["rounds"]] == 2 * [
-        ["base", "raw_traces", "items", "off_policy", "baked"]
-    ]
+def test_two_rounds_of_single_answers(
+    opcd: Opcd, undisturbed: tuple[Run, dict[str, Any], list[str]]
+) -> None:
+    """What is there already is shown, not made again; every stage of any round is a verb."""
+    run, found, _ = undisturbed
+    toml = run.out.parent / "recipe" / "run.toml"
+    done = opcd("experience", toml, f"out={run.out}", *FEW, "--rounds", "2")
+    assert done.exit_code == 0 and "training" not in done.stdout
+    assert json.loads(RunFolder(run.out / run.name).experience.read_text("utf-8")) == found
     table = [line for line in done.stdout.splitlines() if line.startswith("│")]
-    assert [line.split("│")[2].strip() for line in table] == 2 * list(
-        found["rounds"][0]["conditions"]
-    )
+    names = [line.split("│")[2].strip() for line in table]
+    assert names == 2 * ["base", "raw_traces", "items", "off_policy", "baked"]
     assert all(len(line) <= 80 for line in table)
     said = " ".join(done.stdout.split())
     assert "they start again" in said and "round 2 against round 1" in said
-    again = opcd("experience", toml, *few, *more, "--rounds", "2")
-    assert again.exit_code == 0 and "training" not in again.stdout
-    assert [line for line in again.stdout.splitlines() if line.startswith("│")] == table
+    for verb in ("solve", "extract", "accumulate", "select", "consolidate"):
+        done = opcd(verb, toml, f"out={run.out}", *FEW, "--round", "2")
+        said = "".join(done.stdout.split())
+        assert done.exit_code == 0 and "training" not in said
+        assert "round2needsproblems4to6" in said, f"{verb} is not of round 2"
+        assert verb in ("extract", "consolidate") or "/round-2" in said
+    table = [line.split("│") for line in done.stdout.splitlines() if line.startswith("│")]
+    assert [cells[1].strip() for cells in table] == ["2", "", "", "", ""]
+
+
+def test_a_round_is_not_begun_before_the_one_before_it(
+    opcd: Opcd, learner_path: Path, tmp_path: Path
+) -> None:
+    run = experience_run(tmp_path, learner_path)
+    toml = tmp_path / "recipe" / "run.toml"
+    with pytest.raises(RunFolderError, match="finish round 1 first"):
+        opcd("solve", toml, f"out={run.out}", "--round", "2")
 
 
 def test_a_game_is_selected_then_consolidated(

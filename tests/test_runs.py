@@ -169,9 +169,9 @@ def test_the_layout_of_a_round_is_the_contract(run: Run) -> None:
         folder.selection,
         folder.growth,
         folder.selected,
-        folder.raw,
         folder.answers(0),
         folder.items(1),
+        folder.raw(1),
         folder.experience(1, 7),
         folder.experience(1, 1234),
     )
@@ -181,9 +181,9 @@ def test_the_layout_of_a_round_is_the_contract(run: Run) -> None:
         "selection.json",
         "growth.svg",
         "selected.md",
-        "raw.md",
         "seed-0/answers.jsonl",
         "seed-1/items.jsonl",
+        "seed-1/raw.md",
         "seed-1/experience-007.md",
         "seed-1/experience-1234.md",
     ]
@@ -201,10 +201,10 @@ def test_experiences_are_listed_by_number(run: Run) -> None:
 
 def test_what_was_gathered_outlives_a_run_that_is_started_anew(run: Run) -> None:
     folder = round_folder(run)
-    folder.raw.write_text("kept", encoding="utf-8")
+    folder.selected.write_text("kept", encoding="utf-8")
     create_run(run)
     create_run(run, overwrite=True)
-    assert folder.raw.read_text(encoding="utf-8") == "kept"
+    assert folder.selected.read_text(encoding="utf-8") == "kept"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The wheel builds, holds its data files, and works where only its dependencies are."""
 
+import os
 import subprocess
 import sys
 import venv
@@ -33,6 +34,7 @@ def test_the_wheel_holds_the_package_and_its_data(wheel: Path) -> None:
     assert {"opcd/py.typed", "opcd/cli.py", "opcd/report.html"} <= names
     assert {"opcd/anchors.json", "opcd/other_contexts.json"} <= names
     assert {f"opcd/authoring_prompts/{name}.md" for name in ("topics", "messages")} <= names
+    assert {f"opcd/experience_prompts/{name}.md" for name in ("extract", "coach")} <= names
     assert not [name for name in names if name.startswith(("tests", "recipes"))]
 
 
@@ -48,9 +50,11 @@ def test_it_checks_a_run_from_an_environment_of_its_own(wheel: Path, tmp_path: P
     # Only the libraries' folder: the editable install's own .pth files are not read from there.
     (site / "libraries.pth").write_text(f"{ours}\n", encoding="utf-8")
     run = ROOT / "recipes" / "support_desk" / "run.toml"
+    # Nor from where whoever runs the tests finds modules.
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     code = "import opcd; print(opcd.__file__)"
     where = subprocess.run(
-        [str(python), "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path
+        [str(python), "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path, env=own
     )
     assert str(site) in where.stdout
     found = subprocess.run(
@@ -58,6 +62,7 @@ def test_it_checks_a_run_from_an_environment_of_its_own(wheel: Path, tmp_path: P
         capture_output=True,
         text=True,
         cwd=tmp_path,
+        env=own,
         check=False,
     )
     assert (found.returncode, "can be started" in found.stdout) == (0, True), found.stderr

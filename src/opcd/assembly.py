@@ -1,8 +1,8 @@
 """A configuration becomes the parts that programs work with: tasks, models, teachers, engine."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, overload
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +18,7 @@ from opcd.contexts import load_context, pool_of
 from opcd.envs.games import Opening, openings_of
 from opcd.errors import ConfigError, OverLongError
 from opcd.graders import Grader, build_grader
-from opcd.rendering import Renderer, common_prefix, render_pairs
+from opcd.rendering import Renderer, check_some_fit, common_prefix, render_pairs
 from opcd.rollouts.engine import RolloutEngine
 from opcd.rollouts.hf import MIN_PREFIX_TOKENS, HFEngine
 from opcd.tasks import load_splits
@@ -29,6 +29,8 @@ AHEAD_STEPS = 10
 """Steps whose teachers' answers are generated together."""
 MAX_KEPT_BYTES = 2**28
 """Memory that the hidden states of those answers may take."""
+MARGIN_TOKENS = 256
+"""More than a chat template puts around a context: a prompt this far from the limit fits."""
 
 
 Row = tuple[Task, Opening | None]
@@ -47,6 +49,36 @@ class Item:
     """The board that an episode is played on; `None` where one answer is all."""
 
 
+@dataclass(frozen=True)
+class Pool(Sequence[Item]):
+    """Every row with every context, rendered when asked for: all of them may be many gigabytes."""
+
+    renderer: Renderer
+    rows: Sequence[Row]
+    contexts: Sequence[Context]
+
+    def __len__(self) -> int:
+        return len(self.rows) * len(self.contexts)
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | list[Item]:
+        places = range(len(self))[index]
+        if isinstance(places, range):
+            return [self[place] for place in places]
+        row, number = divmod(places, len(self.contexts))
+        (task, game), context = self.rows[row], self.contexts[number]
+        named = replace(task, id=f"{task.id}/lessons-{number}")
+        return Item(named, self.renderer.pair(named, context), context, game)
+
+    @property
+    def examples(self) -> list[Item]:
+        """The first row with every context: what they have in common shows here already."""
+        return self[: len(self.contexts)]
+
+
 @dataclass
 class Parts:
     """Everything a program needs, built from one configuration."""
@@ -55,7 +87,7 @@ class Parts:
     accelerator: Accelerator
     dtype: torch.dtype
     renderer: Renderer
-    items: dict[str, list[Item]]
+    items: dict[str, Sequence[Item]]
     """Rendered tasks by split: train, validation, test; and extraction, to gather experience."""
     anchors: AnchorSet
     kept: AnchorSet
@@ -93,8 +125,7 @@ class Parts:
     @property
     def context_tokens(self) -> int:
         """What the context adds to a request, on average over the rows."""
-        splits = self.coached or self.items
-        pairs = [item.pair for items in splits.values() for item in items]
+        pairs = pairs_of(self.coached or self.items)
         extra = [len(pair.teacher_ids) - len(pair.student_ids) for pair in pairs]
         return round(sum(extra) / len(extra))
 
@@ -162,23 +193,20 @@ def build_accelerator(config: Run) -> Accelerator:
     return Accelerator(cpu=cpu, mixed_precision=precision)
 
 
-def render_splits(config: Run, renderer: Renderer) -> tuple[dict[str, list[Item]], list[str]]:
+def render_splits(config: Run, renderer: Renderer) -> tuple[dict[str, Sequence[Item]], list[str]]:
     """All tasks of a run with their prompts, and a note for each source or split that lost rows.
 
     Raises:
         InputError: a row, a context or a prompt is wrong.
     """
-    items: dict[str, list[Item]] = {}
+    items: dict[str, Sequence[Item]] = {}
     notes: list[str] = []
-    for split, found in load_rows(config, notes).items():
-        rows, contexts = with_contexts(config.context, split, found)
-        pairs, dropped = render_pairs(renderer, [task for task, _ in rows], contexts)
-        known = {row[0].id: (*row, c) for row, c in zip(rows, contexts, strict=True)}
-        items[split] = [
-            Item(task, pair, context, game)
-            for pair in pairs
-            for task, game, context in [known[pair.task_id]]
-        ]
+    for split, rows in load_rows(config, notes).items():
+        contexts = pool_of(config.context) if split == "train" else []
+        if contexts:
+            items[split], dropped = render_pool(renderer, rows, contexts)
+        else:
+            items[split], dropped = render_rows(config.context, renderer, rows)
         if dropped:
             notes.append(
                 f"{split}: {len(dropped)} of {len(rows)} rows dropped, longer than "
@@ -187,16 +215,53 @@ def render_splits(config: Run, renderer: Renderer) -> tuple[dict[str, list[Item]
     return items, notes
 
 
-def with_contexts(
-    config: ContextConfig, split: str, rows: Sequence[Row]
-) -> tuple[list[Row], list[Context]]:
-    """Each row with its context; a train row once with every context of a pool."""
-    pool = pool_of(config) if split == "train" else []
-    if not pool:
-        return list(rows), [load_context(config, task) for task, _ in rows]
-    product = [(row, number) for row in rows for number in range(len(pool))]
-    named = [(replace(t, id=f"{t.id}/lessons-{number}"), game) for (t, game), number in product]
-    return named, [pool[number] for _, number in product]
+def render_rows(
+    config: ContextConfig, renderer: Renderer, rows: Sequence[Row]
+) -> tuple[list[Item], list[str]]:
+    """Each row with its context, and the ids of those that were dropped for their length."""
+    contexts = [load_context(config, task) for task, _ in rows]
+    pairs, dropped = render_pairs(renderer, [task for task, _ in rows], contexts)
+    known = {row[0].id: (*row, c) for row, c in zip(rows, contexts, strict=True)}
+    found = [
+        Item(task, pair, context, game)
+        for pair in pairs
+        for task, game, context in [known[pair.task_id]]
+    ]
+    return found, dropped
+
+
+def render_pool(
+    renderer: Renderer, rows: Sequence[Row], contexts: Sequence[Context]
+) -> tuple[Pool, list[str]]:
+    """The rows that fit with every context, as a pool, and the ids of the others.
+
+    Only those near the limit are rendered for it.
+
+    Raises:
+        OverLongError: a row does not fit and `rendering.over_long` is `error`, or none fits.
+    """
+    most = max(len(renderer.encode(c.system + c.user_template)) for c in contexts)
+    kept: list[Row] = []
+    dropped: list[str] = []
+    for task, game in rows:
+        bare = renderer.encode(renderer.text(task.messages, renderer.config.student_thinking))
+        is_near = len(bare) + most + MARGIN_TOKENS > renderer.max_prompt_tokens
+        try:
+            for context in contexts if is_near else ():
+                renderer.pair(task, context)
+            kept.append((task, game))
+        except OverLongError:
+            if renderer.config.over_long == "error":
+                raise
+            dropped.append(task.id)
+    check_some_fit(renderer, len(kept), len(dropped))
+    return Pool(renderer, kept, contexts), dropped
+
+
+def pairs_of(items: Mapping[str, Sequence[Item]]) -> list[PromptPair]:
+    """The prompts of all splits; of a pool, its examples."""
+    known = [split.examples if isinstance(split, Pool) else split for split in items.values()]
+    return [item.pair for split in known for item in split]
 
 
 def load_rows(config: Run, notes: list[str]) -> dict[str, list[Row]]:
@@ -298,9 +363,9 @@ def _build_teachers(
     return teacher, teacher if config.teacher == base else build(base)
 
 
-def _share_prefix(teacher: LocalTeacher, items: dict[str, list[Item]]) -> list[str]:
+def _share_prefix(teacher: LocalTeacher, items: Mapping[str, Sequence[Item]]) -> list[str]:
     """Let the teacher read the common context once; a note says so, or why it does not."""
-    prompts = [item.pair.teacher_ids for split in items.values() for item in split]
+    prompts = [pair.teacher_ids for pair in pairs_of(items)]
     shared = common_prefix(prompts)
     if shared < MIN_PREFIX_TOKENS:
         return []

@@ -157,7 +157,7 @@ def score_candidates(
 
 def scored_rows(parts: Parts) -> list[Item]:
     """The validation rows that candidates are scored on."""
-    return parts.items["validation"][: experience_of(parts).select_rows]
+    return list(parts.items["validation"][: experience_of(parts).select_rows])
 
 
 def batches(candidates: Sequence[Candidate], rows: int, most_rows: int) -> list[list[Candidate]]:
@@ -214,8 +214,8 @@ def _settings(parts: Parts, items: Sequence[Item]) -> str:
         mode="json", include={"seed", "model", "grader", "game", "rendering", "rollout"}
     )
     rows = [(i.task.id, [m.content for m in i.task.messages], i.task.answer) for i in items]
-    how = (experience.placement, experience.template, run.evaluation.temperature)
-    return json.dumps([tree, rows, how, run.evaluation.select_by], default=str)
+    how = run.evaluation.model_dump(include={"temperature", "top_p", "top_k", "select_by"})
+    return json.dumps([tree, rows, experience.placement, experience.template, how], default=str)
 
 
 def experience_of(parts: Parts) -> Experience:

@@ -6,7 +6,7 @@ seeds, each way of training is run that often.
 """
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,6 +176,13 @@ def paired(first: Mapping[str, Measured]) -> list[dict[str, Any]]:
         ("off_policy", "base"),
         ("in_context", "base"),
     )
+    return tests_of(marks, pairs)
+
+
+def tests_of(
+    marks: Mapping[str, Sequence[float]], pairs: Iterable[tuple[str, str]]
+) -> list[dict[str, Any]]:
+    """McNemar's exact test of each pair of conditions, whose marks are of the same rows."""
     return [
         {
             "suite": "task",

@@ -12,7 +12,6 @@ and `NAME-round-R-off_policy`. On the same test rows:
 
 import hashlib
 import json
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,11 @@ from typing import Any
 from opcd.adapters import load_weights
 from opcd.assembly import assemble, load_rows
 from opcd.candidates import digest, find_candidates
-from opcd.comparing import ensure_trained, off_policy
+from opcd.comparing import ensure_trained, off_policy, tests_of
 from opcd.config import Run, derive, dump_config
 from opcd.errors import ConfigError, NothingLearnedError, OverLongError, RunFolderError
-from opcd.intervals import estimate, mcnemar
+from opcd.evaluation import lengths_of
+from opcd.intervals import estimate
 from opcd.programs import evaluate_best, read_evaluation
 from opcd.responses import by_metric, respond, rows_of
 from opcd.runs import RoundFolder, RunFolder, read_best, write_json, write_text
@@ -81,7 +81,8 @@ def consolidate(run: Run, number: int, folder: RoundFolder, say: Say) -> dict[st
         for condition, name in own.items() if kind == "baked" else [("baked", kind)]:
             tables[name] = summary["suites"]["task"][condition]
             answers[name] = [{"id": row["id"], **row[condition]} for row in rows]
-    raw = measure_raw(run, number, folder, say)
+    rows = [row["id"] for row in answers["baked"]]
+    raw = measure_raw(run, number, folder, raw_files(folder, files), rows, say)
     if isinstance(raw, str):
         notes.append(raw)
     else:
@@ -142,37 +143,63 @@ def check_unchanged(folder: RoundFolder, files: Sequence[Path], run: Run) -> Non
     if _is_stored_run(run, folder):
         texts.append(folder.prefixes.read_text(encoding="utf-8"))
     digest = hashlib.sha256("\n\n".join(texts).encode()).hexdigest()
-    started = RunFolder(run.out / run.name).config.is_file()
-    if started and note.is_file() and json.loads(note.read_text("utf-8"))["sha256"] != digest:
+    known = json.loads(note.read_text("utf-8"))["sha256"] if note.is_file() else None
+    if RunFolder(run.out / run.name).config.is_file() and known != digest:
         raise RunFolderError(
-            f"{run.out / run.name} was trained with another experience than {folder.path} has now; "
+            f"{run.out / run.name} was not trained with the experience that {folder.path} has now; "
             f"delete it (and {run.name}-off_policy) to train anew, or give name=... another value"
         )
     write_json(note, {"sha256": digest})
 
 
-def measure_raw(run: Run, number: int, folder: RoundFolder, say: Say) -> dict[str, Any] | str:
-    """The model with raw traces in its prompt, on the test rows; or why that cannot be measured."""
-    traces, known = folder.raw, folder.raw_traces
-    if not traces.is_file() or not traces.read_text(encoding="utf-8").strip():
+def raw_files(folder: RoundFolder, files: Sequence[Path]) -> list[Path]:
+    """The raw traces of the seeds whose experiences these are, where any fit the budget."""
+    if files == [folder.selected]:
+        seeds = [json.loads(folder.selection.read_text(encoding="utf-8"))["chosen"]["seed"]]
+    else:
+        seeds = [int(file.parent.name.removeprefix("seed-")) for file in files]
+    found = [folder.raw(seed) for seed in seeds]
+    return [one for one in found if one.is_file() and one.read_text(encoding="utf-8").strip()]
+
+
+def measure_raw(
+    run: Run,
+    number: int,
+    folder: RoundFolder,
+    traces: Sequence[Path],
+    rows: Sequence[str],
+    say: Say,
+) -> dict[str, Any] | str:
+    """The model with raw traces in its prompt, on the test rows; or why that cannot be measured.
+
+    Args:
+        run: as it is in this round.
+        number: of the round.
+        folder: of the round.
+        traces: files of raw traces; of several, a row has always the same.
+        rows: ids of the test rows that the other conditions were measured on.
+        say: told before something that takes minutes.
+    """
+    known = folder.raw_traces
+    if not traces:
         return "no raw_traces: not one trace fits the budget of experience.max_tokens"
-    measured_run = _with_experience(run, f"{run.name}-round-{number}-raw", [traces])
-    of = digest(traces.read_text(encoding="utf-8") + dump_config(measured_run))
+    measured_run = _with_experience(run, f"{run.name}-round-{number}-raw", traces)
+    texts = [file.read_text(encoding="utf-8") for file in traces]
+    of = digest("\n\n".join([*texts, *rows, dump_config(measured_run)]))
     if known.is_file():
         found = json.loads(known.read_text(encoding="utf-8"))
         if found["of"] == of:
             return found
-    say(f"measuring raw traces as context: {traces}")
+    say(f"measuring raw traces as context: {', '.join(map(str, traces))}")
     try:
         parts = assemble(measured_run)
         items = rows_of(parts, "test", run.evaluation.test_rows)
     except OverLongError as error:
         return f"no raw_traces: {error}"
+    if [item.task.id for item in items] != list(rows):
+        return f"no raw_traces: with them {len(items)} of {len(rows)} test rows fit the model"
     responses = respond(parts, items, "in_context")
-    metrics = by_metric(responses)
-    rollouts = [r.answered.rollout for r in responses]
-    metrics["response_tokens"] = [float(len(r.response_ids)) for r in rollouts]
-    metrics["truncated"] = [float(not r.finished) for r in rollouts]
+    metrics = {**by_metric(responses), **lengths_of(responses)}
     found = {
         "of": of,
         "metrics": {name: estimate(values).as_json() for name, values in metrics.items()},
@@ -202,19 +229,7 @@ def paired(answers: Answers) -> list[dict[str, Any]]:
         name: [row["correct"] for row in found if "correct" in row]
         for name, found in answers.items()
     }
-    return [
-        {
-            "suite": "task",
-            "metric": "correct",
-            "first": a,
-            "second": b,
-            "difference": statistics.fmean(marks[a]) - statistics.fmean(marks[b]),
-            "p": mcnemar(marks[a], marks[b]),
-            "test": "McNemar, exact",
-        }
-        for a, b in PAIRS
-        if marks.get(a) and marks.get(b)
-    ]
+    return tests_of(marks, [(a, b) for a, b in PAIRS if marks.get(a) and marks.get(b)])
 
 
 def _with_experience(run: Run, name: str, files: Sequence[Path]) -> Run:

@@ -193,6 +193,8 @@ def answer_as_teacher(parts: Parts, step: int) -> list[Answered]:
     resumed.
     """
     config = parts.config
+    if not config.most_teacher_answers and not config.returns_per_step:
+        return []
     if step not in parts.ahead:
         start = step - step % AHEAD_STEPS
         steps = range(start, min(start + AHEAD_STEPS, config.steps))

@@ -120,8 +120,7 @@ def task_suite(
 ) -> dict[str, Any]:
     """Each condition's metrics, agreement with `in_context`, length and KL to the teacher.
 
-    A metric that only some rows have, that of a class, is estimated from those rows. Lengths and
-    the share of cut responses of a game are means over its turns.
+    A metric that only some rows have, that of a class, is estimated from those rows.
     """
     suite: dict[str, Any] = {}
     reference = responses["in_context"]
@@ -130,13 +129,20 @@ def task_suite(
         metrics["agreement"] = [
             float(r.agrees(other)) for r, other in zip(rows, reference, strict=True)
         ]
-        rollouts = [[turn.rollout for turn in r.turns] for r in rows]
-        metrics["response_tokens"] = [mean([len(t.response_ids) for t in r]) for r in rollouts]
-        metrics["truncated"] = [mean([float(not t.finished) for t in r]) for r in rollouts]
+        metrics |= lengths_of(rows)
         if condition in kl_nats:
             metrics["kl_nats_per_token"] = list(kl_nats[condition])
         suite[condition] = {name: estimate(v).as_json() for name, v in metrics.items()}
     return suite
+
+
+def lengths_of(responses: Sequence[Response]) -> dict[str, list[float]]:
+    """How long the responses are, and which were cut; of a game, means over its turns."""
+    rollouts = [[turn.rollout for turn in r.turns] for r in responses]
+    return {
+        "response_tokens": [mean([len(t.response_ids) for t in r]) for r in rollouts],
+        "truncated": [mean([float(not t.finished) for t in r]) for r in rollouts],
+    }
 
 
 def paired_tests(responses: Mapping[str, Sequence[Response]]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from opcd.gathering import Gathering
+    from opcd.traces import Trace
 
 app = typer.Typer()
 console = Console()
@@ -17,53 +18,57 @@ ConfigPath = Annotated[Path, typer.Argument(help="The run's TOML file.", show_de
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="key.path=value ...", show_default=False)
 ]
+Round = Annotated[
+    int,
+    typer.Option("--round", min=1, help="Which one; from the second on, after the one before."),
+]
 
 
 @app.command()
-def solve(config: ConfigPath, overrides: Overrides = None) -> None:
+def solve(config: ConfigPath, overrides: Overrides = None, number: Round = 1) -> None:
     """Let the model solve problems without any experience; appends to traces.jsonl."""
-    round_ = _open(config, overrides)
-    from opcd.gathering import count_traces, gather_traces
+    round_, traces = _open(config, overrides, number)
+    from opcd.learning_tables import count_traces
 
-    _show(round_, "traces", count_traces(gather_traces(round_)))
+    _show(round_, "traces", count_traces(traces))
     console.print(f"{round_.store}: the traces; read some", markup=False, highlight=False)
 
 
 @app.command()
-def extract(config: ConfigPath, overrides: Overrides = None) -> None:
+def extract(config: ConfigPath, overrides: Overrides = None, number: Round = 1) -> None:
     """Have a model write down what each trace teaches; solves first what is missing."""
-    round_ = _open(config, overrides)
+    round_, traces = _open(config, overrides, number)
     from opcd import gathering as stages
+    from opcd import learning_tables as tables
 
-    traces = stages.gather_traces(round_)
     answers = stages.extract(round_, traces)
     round_.notes += stages.skipped_notes(answers)
-    rows = zip(stages.count_traces(traces), stages.count_answers(answers), strict=True)
+    rows = zip(tables.count_traces(traces), tables.count_answers(answers), strict=True)
     _show(round_, "what the extractor wrote", [{**one, **two} for one, two in rows])
 
 
 @app.command()
-def accumulate(config: ConfigPath, overrides: Overrides = None) -> None:
+def accumulate(config: ConfigPath, overrides: Overrides = None, number: Round = 1) -> None:
     """Append what was written to experiences within their budget; extracts first what is missing.
 
     Every intermediate experience is kept, and of every item where it comes from.
     """
-    round_ = _open(config, overrides)
+    round_, traces = _open(config, overrides, number)
     from opcd import gathering as stages
+    from opcd import learning_tables as tables
 
-    traces = stages.gather_traces(round_)
     answers = stages.extract(round_, traces)
     found = stages.accumulate(round_, traces, answers)
     round_.notes += stages.skipped_notes(answers)
-    counted = (stages.count_traces(traces), stages.count_answers(answers))
-    rows = zip(*counted, stages.count_items(found), strict=True)
+    counted = (tables.count_traces(traces), tables.count_answers(answers))
+    rows = zip(*counted, tables.count_items(found), strict=True)
     _show(round_, "experience", [{**one, **two, **three} for one, two, three in rows])
     where = f"{round_.folder.path}: an experience after every trace"
     console.print(where, markup=False, highlight=False)
 
 
 @app.command()
-def select(config: ConfigPath, overrides: Overrides = None) -> None:
+def select(config: ConfigPath, overrides: Overrides = None, number: Round = 1) -> None:
     """Score every experience on validation rows and choose one; gathers first what is missing."""
     from opcd.config import load_config
 
@@ -72,22 +77,22 @@ def select(config: ConfigPath, overrides: Overrides = None) -> None:
     from opcd.rounds import select_round
     from opcd.runs import round_folder
 
-    found = select_round(run, 1, _say)
+    found = select_round(run, number, _say)
     rows, metric = len(found.table["rows"]), found.table["metric"]
     console.print(growth_grid(found.scored, found.choice.chosen, metric, rows).for_terminal())
     _say(f"* chosen: {found.table['verdict']}")
-    _say(f"{round_folder(run).growth}: the same as a figure")
+    _say(f"{round_folder(run, number).growth}: the same as a figure")
 
 
 @app.command()
-def consolidate(config: ConfigPath, overrides: Overrides = None) -> None:
+def consolidate(config: ConfigPath, overrides: Overrides = None, number: Round = 1) -> None:
     """Bake the chosen experience in and measure it; gathers and selects first what is missing."""
     from opcd.config import load_config
 
     run = load_config(config, overrides or [])
     from opcd.rounds import consolidate_round
 
-    _show_learned({"rounds": [consolidate_round(run, 1, _say)], "paired": []})
+    _show_learned({"rounds": [consolidate_round(run, number, _say)], "paired": []})
 
 
 @app.command()
@@ -122,14 +127,17 @@ def _show_learned(found: Mapping[str, Any]) -> None:
         _say(line)
 
 
-def _open(config: Path, overrides: list[str] | None) -> "Gathering":
-    """The first round of a run, with its model loaded."""
+def _open(
+    config: Path, overrides: list[str] | None, number: int
+) -> "tuple[Gathering, list[list[Trace]]]":
+    """A round of a run, with its model loaded and its traces solved."""
     from opcd.config import load_config
 
     run = load_config(config, overrides or [])
-    from opcd.gathering import open_round
+    from opcd.rounds import begin_round, traces_of
 
-    return open_round(run, say=console.print)
+    round_ = begin_round(run, number, _say)
+    return round_, traces_of(run, round_)
 
 
 def _show(round_: "Gathering", title: str, rows: Sequence[Mapping[str, Any]]) -> None:

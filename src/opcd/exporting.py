@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from opcd import adapters, weights
-from opcd.assembly import Parts
+from opcd.assembly import Parts, pairs_of
 from opcd.errors import ExportError, RunFolderError
 from opcd.programs import open_baked
 from opcd.types import PromptPair
@@ -57,9 +57,9 @@ def export_run(path: Path, target: Path) -> int:
 
 def _prompts(parts: Parts) -> list[PromptPair]:
     """Half from the run's rows, half from other system messages."""
-    items = [item.pair for split in reversed(parts.items) for item in parts.items[split]]
+    own = pairs_of(dict(reversed(parts.items.items())))
     others = parts.render_anchors(parts.kept.draw(PROMPTS // 2, "export"))
-    return [*items[: PROMPTS - len(others)], *others]
+    return [*own[: PROMPTS - len(others)], *others]
 
 
 @torch.no_grad()

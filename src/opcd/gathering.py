@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from opcd.assembly import Parts, assemble
 from opcd.config import Run, flat_differences
@@ -20,7 +20,7 @@ from opcd.config.experience import Experience
 from opcd.config.extractors import Endpoint
 from opcd.endpoint import read_key
 from opcd.errors import ConfigError, RunFolderError, TraceError
-from opcd.experience import Accumulation, Limits, Reason, raw_text
+from opcd.experience import Accumulation, Limits, raw_text
 from opcd.extraction import (
     Extractor,
     build_extractor,
@@ -192,12 +192,31 @@ def extract(round_: Gathering, traces: Sequence[Sequence[Trace]]) -> list[list[A
     settings = settings_of(round_.parts.config, experience)
     _check_settings(round_, "extracting", settings, has_answers)
     known = [read_answers(round_, seed)[: len(traces[seed])] for seed in seeds]
+    for seed, answers in enumerate(known):
+        _check_order(round_, seed, traces[seed], answers)
     longest = max(map(len, traces))
     if not experience.with_previous:
         _ask(round_, traces, known, longest)
     for step in range(1, longest + 1):
         _ask(round_, traces, known, step)
     return known
+
+
+def _check_order(
+    round_: Gathering, seed: int, traces: Sequence[Trace], answers: Sequence[Answer]
+) -> None:
+    """Refuse answers that are not of the traces in their places.
+
+    Raises:
+        RunFolderError: a trace has gone, or others have come before it.
+    """
+    for trace, answer in zip(traces, answers, strict=False):
+        if trace.id != answer.trace:
+            raise RunFolderError(
+                f"{round_.folder.answers(seed)}: step {answer.step} was extracted from "
+                f"{answer.trace!r}, but now {trace.id!r} stands there, since the traces or "
+                "experience.steps changed; put them back, or delete the file to extract anew"
+            )
 
 
 def _ask(
@@ -252,14 +271,24 @@ def accumulate(
             write_text(round_.folder.experience(seed, number), text)
         rows = [json.dumps(row, ensure_ascii=False) for row in grown.rows()]
         write_text(round_.folder.items(seed), "".join(f"{row}\n" for row in rows))
-    raw = raw_text(traces[0], round_.experience.max_tokens, round_.count_tokens)
-    write_text(round_.folder.raw, raw)
+        write_raw(round_, seed, traces[seed])
+    for folder in round_.folder.path.glob("seed-*"):
+        if (seed := int(folder.name.removeprefix("seed-"))) >= len(found):
+            # Of a run with more seeds: they would be taken for candidates.
+            for stale in round_.folder.experiences(seed):
+                stale.unlink()
+    return found
+
+
+def write_raw(round_: Gathering, seed: int, traces: Sequence[Trace]) -> None:
+    """The traces of an accumulation as a context, within the budget of its experience."""
+    raw = raw_text(traces, round_.experience.max_tokens, round_.count_tokens)
+    write_text(round_.folder.raw(seed), raw)
     if not raw:
         round_.notes.append(
-            f"no trace fits into experience.max_tokens = {round_.experience.max_tokens}, so raw.md "
-            "is empty"
+            f"no trace of seed {seed} fits into experience.max_tokens = "
+            f"{round_.experience.max_tokens}, so its raw.md is empty"
         )
-    return found
 
 
 def grow(round_: Gathering, traces: Sequence[Trace], answers: Sequence[Answer]) -> Accumulation:
@@ -282,48 +311,6 @@ def gather(round_: Gathering) -> list[Accumulation]:
 def read_answers(round_: Gathering, seed: int) -> list[Answer]:
     """The answers of one accumulation that are there, in the order of its steps."""
     return [Answer(**row) for row in read_jsonl(round_.folder.answers(seed))]
-
-
-def count_traces(traces: Sequence[Sequence[Trace]]) -> list[dict[str, Any]]:
-    """Each accumulation's traces, and how many of them went well, for a table."""
-    rows: list[dict[str, Any]] = []
-    for seed, own in enumerate(traces):
-        known = [trace.outcome for trace in own if trace.outcome is not None]
-        rows.append(
-            {
-                "": f"seed {seed}",
-                "traces": len(own),
-                "outcome known": len(known),
-                "mean outcome": f"{sum(known) / len(known):.2f}" if known else "-",
-            }
-        )
-    return rows
-
-
-def count_answers(answers: Sequence[Sequence[Answer]]) -> list[dict[str, Any]]:
-    """Each accumulation's answers, and what was in them, for a table."""
-    return [
-        {
-            "answers": len(own),
-            "too long to ask": sum(bool(answer.skipped) for answer in own),
-            "cut": sum(not answer.finished for answer in own),
-            "items": sum(len(answer.items) for answer in own),
-            "malformed": sum(answer.malformed for answer in own),
-        }
-        for own in answers
-    ]
-
-
-def count_items(found: Sequence[Accumulation]) -> list[dict[str, Any]]:
-    """What became of each accumulation's items, for a table."""
-    names = [name or "kept" for name in get_args(Reason)]
-    return [
-        {
-            **{name: grown.counts[name] for name in names},
-            "tokens": grown.count_tokens(grown.text),
-        }
-        for grown in found
-    ]
 
 
 def skipped_notes(answers: Sequence[Sequence[Answer]]) -> list[str]:

@@ -11,7 +11,7 @@ from rich.console import Console
 app = typer.Typer(help="Test the method's claims in a tiny world.", no_args_is_help=True)
 console = Console()
 
-QUICK_SEEDS = 1
+QUICK_PACE = 0.5
 SEEDS = 3
 
 
@@ -27,7 +27,9 @@ def build() -> None:
 
 @app.command()
 def claims(
-    quick: Annotated[bool, typer.Option(help="One seed only: no verdict worth much.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One seed, half the steps: a look, no verdict.")
+    ] = False,
     only: Annotated[str, typer.Option(help="Claims, with commas between; default: all.")] = "",
     out: Annotated[Path, typer.Option(help="Where claims.md and claims.svg go.")] = Path("docs"),
     work: Annotated[Path, typer.Option(help="Where trials are kept.")] = Path("runs/lab"),
@@ -37,16 +39,19 @@ def claims(
     ] = None,
 ) -> None:
     """Test the claims and write claims.md; what was tried before is not tried again."""
+    from opcd.lab.claims import Setup
     from opcd.lab.page import write_page
     from opcd.lab.running import read_claims, run_claims
 
-    names, count = read_claims(only), QUICK_SEEDS if quick else seeds
+    names, count = read_claims(only), 1 if quick else seeds
+    setup = Setup(work, tuple(range(count)), QUICK_PACE if quick else 1.0)
     started, workers = time.monotonic(), processes or os.cpu_count() or 1
     out.mkdir(parents=True, exist_ok=True)
-    found = run_claims(work, names, range(count), workers, _say)
+    found = run_claims(setup, names, workers, _say)
     minutes = (time.monotonic() - started) / 60
+    less = f"{setup.pace:.0%} of the steps; ".replace("%", " %") if quick else ""
     facts = (
-        f"{count} worlds of each kind; models of under a million weights, trained from scratch; "
+        f"{count} worlds of each kind; {less}models of under a million weights, trained from scratch; "
         f"{workers} processes, {minutes:.0f} minutes."
     )
     page = write_page(out, found, facts)

@@ -1,13 +1,58 @@
 """What was learned from experience as tables for a terminal."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
+from opcd.experience import Accumulation, Reason
+from opcd.gathering import Answer
 from opcd.glossary import metric_name
 from opcd.tables import Grid, cell, is_share
+from opcd.traces import Trace
 
 SHOWN = ("correct", "valid", "turns", "invalid_moves", "response_tokens")
 """Metrics of the table, as far as the rows have them."""
+
+
+def count_traces(traces: Sequence[Sequence[Trace]]) -> list[dict[str, Any]]:
+    """Each accumulation's traces, and how many of them went well, for a table."""
+    rows: list[dict[str, Any]] = []
+    for seed, own in enumerate(traces):
+        known = [trace.outcome for trace in own if trace.outcome is not None]
+        rows.append(
+            {
+                "": f"seed {seed}",
+                "traces": len(own),
+                "outcome known": len(known),
+                "mean outcome": f"{sum(known) / len(known):.2f}" if known else "-",
+            }
+        )
+    return rows
+
+
+def count_answers(answers: Sequence[Sequence[Answer]]) -> list[dict[str, Any]]:
+    """Each accumulation's answers, and what was in them, for a table."""
+    return [
+        {
+            "answers": len(own),
+            "too long to ask": sum(bool(answer.skipped) for answer in own),
+            "cut": sum(not answer.finished for answer in own),
+            "items": sum(len(answer.items) for answer in own),
+            "malformed": sum(answer.malformed for answer in own),
+        }
+        for own in answers
+    ]
+
+
+def count_items(found: Sequence[Accumulation]) -> list[dict[str, Any]]:
+    """What became of each accumulation's items, for a table."""
+    names = [name or "kept" for name in get_args(Reason)]
+    return [
+        {
+            **{name: grown.counts[name] for name in names},
+            "tokens": grown.count_tokens(grown.text),
+        }
+        for grown in found
+    ]
 
 
 def rounds_grid(rounds: Sequence[Mapping[str, Any]]) -> Grid:

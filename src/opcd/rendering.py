@@ -127,12 +127,21 @@ def render_pairs(
             if renderer.config.over_long == "error":
                 raise
             dropped.append(task.id)
-    if not pairs:
+    check_some_fit(renderer, len(pairs), len(dropped))
+    return pairs, dropped
+
+
+def check_some_fit(renderer: Renderer, kept: int, dropped: int) -> None:
+    """Refuse to go on without a row.
+
+    Raises:
+        OverLongError: all were dropped.
+    """
+    if not kept:
         raise OverLongError(
-            f"all {len(dropped)} rows are longer than {renderer.max_prompt_tokens} tokens; "
+            f"all {dropped} rows are longer than {renderer.max_prompt_tokens} tokens; "
             "shorten the context or use a model that holds more"
         )
-    return pairs, dropped
 
 
 def common_prefix(sequences: Sequence[tuple[int, ...]]) -> int:

@@ -66,7 +66,7 @@ def rows_of(parts: Parts, split: str, limit: int | None) -> list[Item]:
                 else f"add tasks.{split}, or tasks.{split}_share to take it from the train rows"
             )
         )
-    items = parts.items[split][:limit]
+    items = list(parts.items[split][:limit])
     if parts.config.context.type != "coach":
         return items
     if len(parts.coached.get(split, ())) < len(items):

@@ -6,11 +6,11 @@ result.
 """
 
 import json
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from opcd.comparing import tests_of
 from opcd.config import Run, derive
 from opcd.consolidation import consolidate
 from opcd.errors import NothingLearnedError, RunFolderError
@@ -24,7 +24,6 @@ from opcd.gathering import (
     open_round,
     skipped_notes,
 )
-from opcd.intervals import mcnemar
 from opcd.runs import RoundFolder, RunFolder, make_folder, read_jsonl, round_folder, write_json
 from opcd.selection import Selection, select
 from opcd.traces import Trace, read_traces
@@ -55,17 +54,34 @@ def learn(run: Run, rounds: int, say: Say) -> dict[str, Any]:
     return found
 
 
+def begin_round(run: Run, number: int, say: Say) -> Gathering:
+    """A round of a run, with the model that it begins with.
+
+    Raises:
+        InputError: the run has no `[experience]` table, or something in it is wrong.
+        RunFolderError: the round before it was not consolidated.
+    """
+    check_experience(run)
+    round_ = open_round(run_of_round(run, number, say), number, say)
+    if told := starts_again(run, number, len(round_.parts.items.get("extraction", []))):
+        say(told)
+    return round_
+
+
+def traces_of(run: Run, round_: Gathering) -> list[list[Trace]]:
+    """What each accumulation of a round learns from: its own traces, and what others appended."""
+    others = others_of(run, round_) if "extraction" in round_.parts.items else []
+    return [[*own, *others] for own in gather_traces(round_)]
+
+
 def gather_round(run: Run, number: int, say: Say) -> Gathering:
     """A round with what it learns from gathered, as far as that is missing.
 
     Raises:
         RunFolderError: the round before it was not consolidated.
     """
-    round_ = open_round(run_of_round(run, number, say), number, say)
-    if told := starts_again(run, number, len(round_.parts.items.get("extraction", []))):
-        say(told)
-    others = others_of(run, round_) if "extraction" in round_.parts.items else []
-    traces = [[*own, *others] for own in gather_traces(round_)]
+    round_ = begin_round(run, number, say)
+    traces = traces_of(run, round_)
     answers = extract(round_, traces)
     accumulate(round_, traces, answers)
     for note in (*round_.notes, *skipped_notes(answers)):
@@ -151,30 +167,29 @@ def starts_again(run: Run, number: int, problems: int) -> str:
 
 
 def paired_rounds(run: Run, done: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """McNemar's exact test of each round's baked model against the first base and the last one."""
-    marks: dict[str, list[float]] = {}
+    """McNemar's exact test of each round's baked model against the first base and the last one.
+
+    On the test rows that all rounds have.
+    """
+    marks: dict[str, dict[str, float]] = {}
     for one in done:
         if not one["conditions"]:
             continue
         rows = list(read_jsonl(RunFolder(run.out / one["runs"]["baked"]).answers))
         if rows and "correct" in rows[0]["baked"]:
-            marks.setdefault("base", [row["base"]["correct"] for row in rows])
-            marks[f"round {one['round']}"] = [row["baked"]["correct"] for row in rows]
+            marks.setdefault("base", {row["id"]: row["base"]["correct"] for row in rows})
+            marks[f"round {one['round']}"] = {row["id"]: row["baked"]["correct"] for row in rows}
+    if not marks:
+        return []
+    # A longer experience may have crowded out a row that is too long beside it.
+    known = set[str].intersection(*(set(found) for found in marks.values()))
+    ids = [id_ for id_ in marks["base"] if id_ in known]
     names = list(marks)
     pairs = [(name, "base") for name in names[1:]]
     pairs += list(zip(names[2:], names[1:], strict=False))
-    return [
-        {
-            "suite": "task",
-            "metric": "correct",
-            "first": a,
-            "second": b,
-            "difference": statistics.fmean(marks[a]) - statistics.fmean(marks[b]),
-            "p": mcnemar(marks[a], marks[b]),
-            "test": "McNemar, exact",
-        }
-        for a, b in pairs
-    ]
+    if not ids:
+        return []
+    return tests_of({name: [found[id_] for id_ in ids] for name, found in marks.items()}, pairs)
 
 
 def _ids_in(folder: RoundFolder) -> list[str]:

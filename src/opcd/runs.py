@@ -22,7 +22,7 @@ runs/NAME/
     round-N/seed-K/answers.jsonl     what the extractor wrote of each trace
     round-N/seed-K/items.jsonl       every item with where it comes from and what became of it
     round-N/seed-K/experience-M.md   the experience after M traces
-    round-N/raw.md                   traces themselves as a context
+    round-N/seed-K/raw.md            the traces themselves as a context
     round-N/scores.jsonl             what each candidate got on each validation row
     round-N/selection.json           candidates with their scores
     round-N/growth.svg               score against number of items
@@ -153,11 +153,6 @@ class RoundFolder:
         return self.path / "traces.jsonl"
 
     @property
-    def raw(self) -> Path:
-        """Traces themselves as a context."""
-        return self.path / "raw.md"
-
-    @property
     def selection(self) -> Path:
         """Candidates with their scores."""
         return self.path / "selection.json"
@@ -218,6 +213,10 @@ class RoundFolder:
     def items(self, seed: int) -> Path:
         """Every item, with where it comes from and what became of it."""
         return self.seed(seed) / "items.jsonl"
+
+    def raw(self, seed: int) -> Path:
+        """The traces of one accumulation themselves as a context."""
+        return self.seed(seed) / "raw.md"
 
     def experience(self, seed: int, traces: int) -> Path:
         """The experience after so many traces; after none it is empty."""

@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.text import Text
 
-from opcd.assembly import Item, max_prompt_tokens, render_splits
+from opcd.assembly import Item, max_prompt_tokens, pairs_of, render_splits
 from opcd.config import Run
 from opcd.rendering import Renderer, common_prefix
 from opcd.weights import load_tokenizer, positions
@@ -17,7 +17,7 @@ def show_pairs(run: Run, count: int, console: Console) -> None:
     items, notes = render_splits(run, renderer)
     for note in notes:
         console.print(note, markup=False)
-    prompts = [item.pair.teacher_ids for split in items.values() for item in split]
+    prompts = [pair.teacher_ids for pair in pairs_of(items)]
     shared = common_prefix(prompts)
     console.print(f"all {len(prompts)} teacher prompts begin with the same {shared} tokens")
     console.print("before a first user message the chat template itself writes:", end=" ")

@@ -5,7 +5,7 @@ the experience, so all accumulations are solved side by side.
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from opcd.assembly import Item, Parts
 from opcd.config.experience import Experience
 from opcd.drawing import play
 from opcd.envs.episodes import Episode
+from opcd.errors import TraceError
 from opcd.graders import feedback_on
 from opcd.responses import Response, respond
 from opcd.rollouts.engine import Sampling
@@ -55,9 +56,13 @@ def solve(
 
     Returns:
         The traces of each accumulation, in the order of its steps.
+
+    Raises:
+        TraceError: a trace in the store is not the one that belongs there.
     """
     plan = list(places(parts, experience, number))
     known = {trace.id: trace for trace in read_traces(store)}
+    check_stored(store, known, plan, parts.config.model.path)
     missing = [(place, item) for place, item in plan if place.id not in known]
     rows = parts.config.rollout.batch_rows
     for start in range(0, len(missing), rows):
@@ -69,6 +74,25 @@ def solve(
     for place, _ in plan:
         traces[place.seed].append(known[place.id])
     return traces
+
+
+def check_stored(
+    store: Path, known: Mapping[str, Trace], plan: Sequence[tuple[Place, Item]], model: str
+) -> None:
+    """Refuse traces of another problem, or of another model, than belong in their places.
+
+    Raises:
+        TraceError: naming the first one.
+    """
+    for place, item in plan:
+        found = known.get(place.id)
+        if found and (found.problem, found.model) != (item.task.id, model):
+            raise TraceError(
+                f"{store}: trace {place.id!r} is {found.model!r} on {found.problem!r}, but this "
+                f"run has {model!r} on {item.task.id!r} there: the store is another run's, or "
+                "problems, model, seed or experience.steps changed since; name another "
+                "experience.store, or give name=... another value"
+            )
 
 
 def places(parts: Parts, experience: Experience, number: int) -> Iterator[tuple[Place, Item]]:

@@ -168,12 +168,14 @@ def draw(tasks: Sequence[Row], count: int, step: int, seed: int) -> list[Row]:
 
     A pure function of its arguments, so that a resumed run sees what it would have seen.
     """
-    drawn: list[Row] = []
+    places: list[int] = []
     start = step * count
-    while len(drawn) < count:
-        epoch, offset = divmod(start + len(drawn), len(tasks))
-        drawn += shuffle(tasks, seed, epoch)[offset : offset + count - len(drawn)]
-    return drawn
+    while len(places) < count:
+        epoch, offset = divmod(start + len(places), len(tasks))
+        order = shuffle(range(len(tasks)), seed, epoch)
+        places += order[offset : offset + count - len(places)]
+    # Only what is drawn is looked at: a pool renders its rows then.
+    return [tasks[place] for place in places]
 
 
 def check_leaks(splits: Mapping[str, Sequence[Task]]) -> None:

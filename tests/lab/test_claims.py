@@ -163,11 +163,11 @@ def test_measuring_tries_each_way_in_every_world(
     monkeypatch.setattr(claims, "run_of", run_of)
     monkeypatch.setattr(claims.Bench, "measure", lambda *_: measured())
     said: list[object] = []
-    few = replace(setup, seeds=(4, 5), say=said.append)
+    few = replace(setup, seeds=(4, 5), pace=0.25, say=said.append)
     rate: dict[str, Any] = {"rollout": {"teacher_fraction": 1.0}, "batch": {"rows_per_forward": 2}}
     assert len(few.measure("rulebook", "a way", rate, claims.FORWARD)) == 2
     expected = {
-        "steps": 50,
+        "steps": round(claims.BUDGET["rulebook"]["steps"] / 4),
         "batch": {"prompts_per_step": 16, "rows_per_forward": 2},
         "rollout": {"teacher_fraction": 1.0},
         "loss": {"direction": "forward_kl"},

@@ -264,8 +264,10 @@ def check_files(run: Run) -> None:
 
 def _starts_from_store(run: Run) -> bool:
     """Whether all traces are there before the run starts: it has no problems to solve."""
-    if run.experience is None or run.game:
+    if run.experience is None:
         return False
+    if run.game:
+        return not run.game.boards.extraction
     return not (run.experience.problems or (run.tasks and run.tasks.extraction_share))
 
 

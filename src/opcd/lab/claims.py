@@ -13,13 +13,20 @@ from opcd.lab.verdicts import Comparison, Verdict, over_seeds, overall, paired, 
 from opcd.lab.worlds import World, WorldName, make_world, run_of
 
 Say = Callable[[str], object]
+
+
+def be_silent(text: str) -> None:
+    """Say nothing; a function with a name, since it is handed to other processes."""
+    del text
+
+
 FORGETS_LITTLE = -0.05
 """Not worse by more than so much counts as kept."""
 
 BUDGET: dict[WorldName, dict[str, Any]] = {
-    "code_book": {"steps": 100, "batch": {"prompts_per_step": 16}},
-    "rulebook": {"steps": 50, "batch": {"prompts_per_step": 16}},
-    "lake": {"steps": 60, "batch": {"prompts_per_step": 6}},
+    "code_book": {"steps": 150, "batch": {"prompts_per_step": 16}},
+    "rulebook": {"steps": 80, "batch": {"prompts_per_step": 16}},
+    "lake": {"steps": 140, "batch": {"prompts_per_step": 6}, "optimizer": {"lr": 2e-4}},
 }
 """What every way to train gets in a world: steps, and prompts or boards in each."""
 OFF_POLICY: dict[str, Any] = {"rollout": {"teacher_fraction": 1.0}}
@@ -51,23 +58,24 @@ class Finding:
         return overall(self.comparisons)
 
 
-def say_nothing(text: str) -> None:
-    """Tell nobody. It has a name, so that a setup can be sent to another process."""
-    del text
-
-
 @dataclass(frozen=True, slots=True)
 class Setup:
     """Where and how often things are tried."""
 
     folder: Path
     seeds: tuple[int, ...] = (0, 1, 2)
-    say: Say = say_nothing
+    pace: float = 1.0
+    """Share of the steps that a training gets: below 1 it is quicker, and worse."""
+    say: Say = be_silent
 
     @property
     def bench(self) -> Bench:
         """Where trials are kept."""
         return Bench(self.folder / "trials")
+
+    def steps(self, full: int) -> int:
+        """Steps of a training that has so many at full pace."""
+        return max(1, round(full * self.pace))
 
     def worlds(self, name: WorldName) -> list[World]:
         """One world of a kind for each seed."""
@@ -78,7 +86,8 @@ class Setup:
         found: list[Measured] = []
         for world in self.worlds(name):
             self.say(f"{name} {world.seed}: {way}")
-            run = run_of(world, **_merge(BUDGET[name], *changes))
+            table = _merge(BUDGET[name], *changes)
+            run = run_of(world, **{**table, "steps": self.steps(table["steps"])})
             found.append(self.bench.measure(world, run))
         return found
 

@@ -129,11 +129,21 @@ def board_text(lake: Lake, place: int, symbols: Mapping[str, str]) -> str:
     return " ".join(cells)
 
 
+def _known_roles(symbols: Mapping[str, str], random: Random) -> dict[str, str]:
+    """Symbol -> role, most often of all of them; of little use where the hole is not told."""
+    facts = {symbol: role for role, symbol in symbols.items()}
+    if random.random() < 0.7:
+        return facts
+    known = some_of(facts, random, none=0.3)
+    if known and random.random() < 0.5:
+        known[symbols["hole"]] = "hole"
+    return known
+
+
 def lake_document(lake: Lake, turns: int, random: Random, astray: float = 0.2) -> Document:
     """An episode as its last prompt tells it, with the best action wanted at every turn."""
     symbols, document = draw_symbols(random), Document()
-    facts = {symbol: role for role, symbol in symbols.items()}
-    known = some_of(facts, random)
+    known = _known_roles(symbols, random)
     tell(document, known, random)
     document.say(f"{USER}{words.INTRODUCTION}")
     told = "hole" in known.values()
@@ -233,7 +243,7 @@ def draw_documents(
     if family == "rules":
         return [rules_document(random) for _ in range(count)]
     if family == "lake":
-        turns = random.randint(1, words.TURNS)
+        turns = max(random.randint(1, words.TURNS), random.randint(1, words.TURNS))
         return [lake_document(random.choice(lakes), turns, random) for _ in range(count)]
     lessons = (book_lesson, rules_lesson, lambda r: lake_lesson(r.choice(lakes), r))
     return [lessons[number % 3](random) for number in range(count)]

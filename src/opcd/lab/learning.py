@@ -20,13 +20,15 @@ from opcd.runs import RunFolder, read_jsonl, round_folder
 ROUNDS = 3
 TRACES = 10
 """Of an accumulation: fewer than there are keys, so that each round can add some."""
+STEPS = 100
+"""Of each training."""
 CONDITIONS = ("base", "raw_traces", "items", "off_policy", "baked")
 
 Rounds = list[dict[str, Marks]]
 """Of each round, the marks on the test rows by condition."""
 
 
-def experience_run(world: World) -> Run:
+def experience_run(world: World, steps: int = STEPS) -> Run:
     """A world whose facts have to be found out."""
     experience = {
         "problems": world.folder / "extraction.jsonl",
@@ -45,14 +47,14 @@ def experience_run(world: World) -> Run:
         name="learned",
         context={"type": "experience"},
         experience=experience,
-        steps=100,
-        evaluation={"suites": [], "every_steps": 100, "validation_rows": None},
+        steps=steps,
+        evaluation={"suites": [], "every_steps": steps, "validation_rows": None},
     )
 
 
 def rounds_of(setup: Setup, world: World) -> tuple[Rounds, list[dict[str, Any]]]:
     """What three rounds in a world gave, and the first round's candidates with their scores."""
-    run = experience_run(world)
+    run = experience_run(world, setup.steps(STEPS))
     setup.say(f"{world.name} {world.seed}: {ROUNDS} rounds of experience")
     learn(run, ROUNDS, setup.say)
     found: Rounds = []

@@ -4,7 +4,6 @@ import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -49,23 +48,21 @@ def read_claims(names: str) -> tuple[str, ...]:
     return asked or tuple(CLAIMS)
 
 
-def run_claims(
-    folder: Path, names: Sequence[str], seeds: Sequence[int], processes: int, say: Say
-) -> dict[str, Finding]:
+def run_claims(setup: Setup, names: Sequence[str], processes: int, say: Say) -> dict[str, Finding]:
     """Try claims in worlds of every seed; what was tried before is not tried again.
 
     Args:
-        folder: where worlds and trials are kept.
+        setup: where worlds and trials are kept, which worlds, and how long training takes.
         names: of the claims.
-        seeds: of the worlds.
         processes: that try at the same time, with one thread each.
         say: is told what is going on.
     """
     for mind in MINDS.values():
         mind_folder(mind, say)
-    setup = Setup(folder, tuple(seeds))
     groups = [tuple(n for n in group if n in names) for group in TOGETHER]
-    jobs = [(group, replace(setup, seeds=(seed,))) for group in groups if group for seed in seeds]
+    jobs = [
+        (group, replace(setup, seeds=(seed,))) for group in groups if group for seed in setup.seeds
+    ]
     # Forked processes would share torch's threads, which do not survive it.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context) as pool:
