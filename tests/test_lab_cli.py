@@ -1,4 +1,4 @@
-"""The lab's verbs: what is asked wrong is said before anything is trained, what is found is written."""
+"""The lab's verbs: what is asked wrong is refused before any training; findings are written."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from opcd import cli, lab_cli
 from opcd.lab import minds, running
-from opcd.lab.claims import Finding
+from opcd.lab.claims import Finding, Setup
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -35,16 +35,17 @@ def test_claims_are_written(
 ) -> None:
     asked: list[object] = []
 
-    def found(folder: Path, names: object, seeds: object, *_: object) -> dict[str, Finding]:
-        asked.append((folder, names, seeds))
+    def found(setup: Setup, names: object, *_: object) -> dict[str, Finding]:
+        asked.append((setup.folder, setup.seeds, setup.pace, names))
         return {"gains": Finding("A claim", "lake", [], [])}
 
     monkeypatch.setattr(running, "run_claims", found)
     monkeypatch.chdir(tmp_path)
     assert run(monkeypatch, "claims", "--only", "gains", "--quick", "--out", "pages") == 0
-    assert asked == [(Path("runs/lab"), ("gains",), range(1))]
+    assert asked == [(Path("runs/lab"), (0,), lab_cli.QUICK_PACE, ("gains",))]
     assert "gains: undecided" in capsys.readouterr().out
-    assert "1 world" in (tmp_path / "pages" / "claims.md").read_text(encoding="utf-8")
+    text = (tmp_path / "pages" / "claims.md").read_text(encoding="utf-8")
+    assert "1 world" in text and "50 % of the steps" in text
 
 
 def test_minds_are_built(

@@ -49,8 +49,9 @@ def claims(
     out.mkdir(parents=True, exist_ok=True)
     found = run_claims(setup, names, workers, _say)
     minutes = (time.monotonic() - started) / 60
+    less = f"{setup.pace:.0%} of the steps; ".replace("%", " %") if quick else ""
     facts = (
-        f"{count} worlds of each kind; models of under a million weights, trained from scratch; "
+        f"{count} worlds of each kind; {less}models of under a million weights, trained from scratch; "
         f"{workers} processes, {minutes:.0f} minutes."
     )
     page = write_page(out, found, facts)

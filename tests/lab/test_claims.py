@@ -133,9 +133,7 @@ def test_tables_have_every_condition(
     assert all({c.first, c.second} <= CONDITIONS[name] for c in one.comparisons)
 
 
-def test_the_figures_are_of_their_conditions(
-    setup: Setup, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_figures_are_of_their_conditions(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     one = found(claims.gains, setup, monkeypatch, BETTER["gains"])
     shown = {line.condition: line.figures["solved"].mean for line in one.lines}
     expected = {"base": 0.1, "in_context": 0.4, "off_policy": 0.7, "baked": 1.0}
@@ -165,11 +163,11 @@ def test_measuring_tries_each_way_in_every_world(
     monkeypatch.setattr(claims, "run_of", run_of)
     monkeypatch.setattr(claims.Bench, "measure", lambda *_: measured())
     said: list[object] = []
-    few = replace(setup, seeds=(4, 5), say=said.append)
+    few = replace(setup, seeds=(4, 5), pace=0.25, say=said.append)
     rate: dict[str, Any] = {"rollout": {"teacher_fraction": 1.0}, "batch": {"rows_per_forward": 2}}
     assert len(few.measure("rulebook", "a way", rate, claims.FORWARD)) == 2
     expected = {
-        "steps": 50,
+        "steps": round(claims.BUDGET["rulebook"]["steps"] / 4),
         "batch": {"prompts_per_step": 16, "rows_per_forward": 2},
         "rollout": {"teacher_fraction": 1.0},
         "loss": {"direction": "forward_kl"},

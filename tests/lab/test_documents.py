@@ -1,5 +1,6 @@
 """Documents: what they want follows from their facts, and from nothing else."""
 
+import itertools
 from collections import Counter
 from random import Random
 
@@ -147,7 +148,7 @@ def test_an_episode_goes_where_its_actions_lead_and_never_ends_on_the_way() -> N
     for document in drawn("lake"):
         turns = turns_of(document)
         assert turns[0][0][0] == words.PLAYER
-        for (board, wants, done), (after, *_) in zip(turns, turns[1:], strict=False):
+        for (board, wants, done), (after, *_) in itertools.pairwise(turns):
             place = neighbour(board.index(words.PLAYER), done)
             assert place is not None and place != GOAL and after[place] == words.PLAYER
             # Under the player the ice is hidden; everywhere else nothing changes.

@@ -22,7 +22,9 @@ from opcd.types import Message, Task
 FACTS = {"mip": "tor", "B": "ice", "lamp": "north", "gladly": "never"}
 GAME = LAKE.model_copy(
     update={
-        "symbols": LAKE.symbols.model_copy(update={"player": "P", "goal": "X", "hole": "B", "ice": "T"})
+        "symbols": LAKE.symbols.model_copy(
+            update={"player": "P", "goal": "X", "hole": "B", "ice": "T"}
+        )
     }
 )
 
@@ -165,7 +167,9 @@ def test_a_trace_is_read_as_the_lessons_of_the_documents_are() -> None:
     told = feedback_on(Task("1", (), "sul"), 0.0, "answer")
     prompt = f"{USER}{trace}\n\n{told}\n\n\n\n{words.LESSONS}\n"
     for seed in range(100):
-        document = documents.lesson_document("hey mip ?", "tor", "sul", {"mip": "sul"}, Random(seed))
+        document = documents.lesson_document(
+            "hey mip ?", "tor", "sul", {"mip": "sul"}, Random(seed)
+        )
         written = encode(f"{words.MARK} mip sul{END}")
         if document.ids == encode(prompt) + written:
             return

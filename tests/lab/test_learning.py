@@ -80,7 +80,7 @@ def test_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.verdict == "holds"
     means = [line.figures["right"].mean for line in found.lines]
     assert means == pytest.approx([0.1, 0.4, 0.7, 1.0])
-    falling = rising[:2] + [round_of(**(BETTER | {"baked": 0.5}))]
+    falling = [*rising[:2], round_of(**(BETTER | {"baked": 0.5}))]
     found = learning.rounds(setup_with(monkeypatch, tmp_path, [falling] * 3))
     assert [c.verdict for c in found.comparisons] == ["holds", "holds", "does not hold"]
 
@@ -114,4 +114,4 @@ def test_the_run_is_not_told_what_it_has_to_find_out(tmp_path: Path, reading: Pa
     assert run.experience is not None and run.experience.steps == TRACES
     assert str(world.context) not in run.model_dump_json()
     # Fewer traces than keys, or a second round had nothing to add.
-    assert TRACES < len(world.facts)
+    assert len(world.facts) > TRACES

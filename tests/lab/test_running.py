@@ -47,7 +47,7 @@ def test_claims_are_tried_for_each_seed_and_then_decided_over_all(
     monkeypatch.setattr(running, "ProcessPoolExecutor", pool)
     said: list[object] = []
     names = ("rounds", "gains", "growth")
-    found = run_claims(tmp_path, names, (0, 1), 1, said.append)
+    found = run_claims(Setup(tmp_path, (0, 1)), names, 1, said.append)
     assert tuple(found) == names
     each = [(name, (seed,)) for name in ("growth", "rounds") for seed in (0, 1)]
     assert sorted(asked[:-3]) == sorted([*each, ("gains", (0,)), ("gains", (1,))])

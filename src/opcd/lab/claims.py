@@ -15,6 +15,11 @@ from opcd.lab.worlds import World, WorldName, make_world, run_of
 Say = Callable[[str], object]
 
 
+def be_silent(text: str) -> None:
+    """Say nothing; a function with a name, since it is handed to other processes."""
+    del text
+
+
 FORGETS_LITTLE = -0.05
 """Not worse by more than so much counts as kept."""
 
@@ -53,11 +58,6 @@ class Finding:
         return overall(self.comparisons)
 
 
-def say_nothing(text: str) -> None:
-    """Tell nobody. It has a name, so that a setup can be sent to another process."""
-    del text
-
-
 @dataclass(frozen=True, slots=True)
 class Setup:
     """Where and how often things are tried."""
@@ -66,7 +66,7 @@ class Setup:
     seeds: tuple[int, ...] = (0, 1, 2)
     pace: float = 1.0
     """Share of the steps that a training gets: below 1 it is quicker, and worse."""
-    say: Say = say_nothing
+    say: Say = be_silent
 
     @property
     def bench(self) -> Bench:
