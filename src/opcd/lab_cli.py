@@ -48,13 +48,10 @@ def claims(
     started, workers = time.monotonic(), processes or os.cpu_count() or 1
     out.mkdir(parents=True, exist_ok=True)
     found = run_claims(setup, names, workers, _say)
+    less = f"{100 * setup.pace:.0f} % of the steps; " if quick else ""
+    size = "models of under a million weights, trained from scratch"
+    page = write_page(out, found, f"{count} worlds of each kind; {less}{size}.")
     minutes = (time.monotonic() - started) / 60
-    less = f"{setup.pace:.0%} of the steps; ".replace("%", " %") if quick else ""
-    facts = (
-        f"{count} worlds of each kind; {less}models of under a million weights, trained from scratch; "
-        f"{workers} processes, {minutes:.0f} minutes."
-    )
-    page = write_page(out, found, facts)
     for name, finding in found.items():
         console.print(f"{name}: {finding.verdict}", highlight=False)
     console.print(f"{page}: tables and figure; {minutes:.1f} minutes", highlight=False)
