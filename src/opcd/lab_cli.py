@@ -51,8 +51,8 @@ def claims(
     minutes = (time.monotonic() - started) / 60
     less = f"{setup.pace:.0%} of the steps; ".replace("%", " %") if quick else ""
     facts = (
-        f"{count} worlds of each kind; {less}models of under a million weights, trained from scratch; "
-        f"{workers} processes, {minutes:.0f} minutes."
+        f"{count} worlds of each kind; {less}models of under a million weights, trained from "
+        f"scratch; {workers} processes, {minutes:.0f} minutes."
     )
     page = write_page(out, found, facts)
     for name, finding in found.items():
