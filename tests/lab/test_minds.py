@@ -47,9 +47,9 @@ def test_heads_of_the_first_layer_begin_by_looking_1_2_and_3_tokens_back(mind: m
     for head in range(mind.heads):
         back = torch.diagonal(first_HTT[head], offset=-(head + 1))
         assert back.mean() > 0.7, head
-        assert (
-            first_HTT[head].argmax(-1)[3:] == torch.arange(2 - head, len(back) + head - 2)
-        ).all()
+        most_T = first_HTT[head].argmax(-1)[head + 1 :]
+        found_T = most_T == torch.arange(len(most_T))
+        assert found_T.float().mean() > 0.9, head
 
 
 @pytest.mark.parametrize("mind", [LARGE, SMALL], ids=["large", "small"])

@@ -28,7 +28,7 @@ FINDINGS = {
 
 def test_the_page_shows_every_claim_and_figure(tmp_path: Path) -> None:
     text = write_page(tmp_path, FINDINGS, "Some facts.").read_text(encoding="utf-8")
-    assert "| A few tokens are enough | code book | **does not hold** |" in text
+    assert "| A few tokens are enough | code book | **undecided** |" in text
     assert "| Nothing compared | lake | **undecided** |" in text
     assert "Some facts." in text and text.count("![") == 1 and "- a note" in text
     assert "| base | 50.0 % [40.0, 60.0] |  |" in text
