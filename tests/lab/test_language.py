@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from opcd.envs.boards import SPLITS
-from opcd.envs.env import NO_ACTION, WRITTEN, Action, history_text, parse_action
+from opcd.envs.env import NO_ACTION, STEPS, Action, history_text, parse_action
 from opcd.envs.games import boards_of, make_env
 from opcd.extraction import items_of
 from opcd.graders import feedback_on
@@ -48,7 +48,7 @@ def episodes(count: int = 40) -> list[tuple[list[str], list[Action | None], str]
         env = make_env(GAME, board)
         seen, done, kind = [env.observation], [], ""
         while not env.finished:
-            action = random.choice([*set(WRITTEN.values()), None])
+            action = random.choice([*STEPS, None])
             result = env.act(action)
             kind = result.ending.kind if result.ending else ""
             seen.append(result.observation)
