@@ -47,6 +47,7 @@ FLOORS = (
     ),
     ("runs", "checkpoint", "tracking", "tally", "traces"),
     (
+        "items",
         "assembly",
         "experience",
         "solving",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from opcd import assembly
 from opcd.adapters import adapter_off, trainable
-from opcd.assembly import Parts, assemble, with_context
+from opcd.assembly import Parts, assemble
 from opcd.config.training import Loss, Warmup
 from opcd.distill import (
     Answered,
@@ -25,6 +25,7 @@ from opcd.distill import (
 )
 from opcd.drawing import roll_out
 from opcd.errors import DivergedError, RolloutError
+from opcd.items import with_context
 from opcd.tally import Tally
 from opcd.training import prepare
 from opcd.types import Context, PromptPair, Rollout
@@ -340,7 +341,7 @@ def test_items_given_another_context_are_scored_with_that_one(
     system = "Answer every question in verse, and never in prose. " * 3
     parts = assemble(make_run(tmp_path, tiny_model_path, *LORA, system=system))
     assert parts.teacher.prefix_tokens >= 64
-    others = with_context(parts, parts.items["test"], Context(system="Answer in prose."))
+    others = with_context(parts.renderer, parts.items["test"], Context(system="Answer in prose."))
     for items, cut in ((parts.items["test"], parts.teacher.prefix_tokens), (others, 0)):
         answered = [Answered(item.pair, Rollout(item.task.id, (9, 12, 2), True)) for item in items]
         teacher, batch = batch_of(parts, answered)

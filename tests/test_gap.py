@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from opcd.assembly import Item, assemble
+from opcd.assembly import assemble
 from opcd.gap import margins_by_answer, measure_gap
+from opcd.items import Item
 from opcd.programs import gap_of
 from opcd.responses import respond
 from opcd.training import train

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opcd.assembly import Item, Parts, with_context
+from opcd.assembly import Parts
 from opcd.config.experience import Experience
 from opcd.contexts import lessons_context
 from opcd.errors import ConfigError, RunFolderError
 from opcd.experience import items_in
 from opcd.intervals import Estimate, estimate
+from opcd.items import Item, with_context
 from opcd.responses import respond
 from opcd.runs import RoundFolder, append_jsonl, mend_jsonl, read_jsonl
 
@@ -190,7 +191,7 @@ def _measure(parts: Parts, items: Sequence[Item], texts: Sequence[str]) -> Itera
     """Each text's marks, in the order of the rows."""
     experience, metric = experience_of(parts), parts.config.evaluation.select_by
     contexts = [lessons_context(experience.lessons(()), text) for text in texts]
-    asked = [item for context in contexts for item in with_context(parts, items, context)]
+    asked = [item for context in contexts for item in with_context(parts.renderer, items, context)]
     responses = respond(parts, asked, "in_context")
     for start in range(0, len(asked), len(items)):
         metrics = [r.score.metrics for r in responses[start : start + len(items)]]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from opcd.assembly import Item, Parts
+from opcd.assembly import Parts
 from opcd.config.experience import Experience
 from opcd.config.inputs import Coach
 from opcd.contexts import lessons_context
@@ -21,6 +21,7 @@ from opcd.experience import experience_text
 from opcd.extraction import SHIPPED, Request, build_extractor, items_of
 from opcd.graders import feedback_on
 from opcd.instructions import load_instructions
+from opcd.items import Item
 from opcd.types import Answered, Context, Message, PromptPair, Task
 
 SLOTS = ("prompt", "response", "feedback")

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from opcd.adapters import load_weights
-from opcd.assembly import assemble, load_rows
+from opcd.assembly import assemble
 from opcd.candidates import digest, find_candidates
 from opcd.comparing import ensure_trained, off_policy, tests_of
 from opcd.config import Run, derive, dump_config
 from opcd.errors import ConfigError, NothingLearnedError, OverLongError, RunFolderError
 from opcd.evaluation import lengths_of
 from opcd.intervals import estimate
+from opcd.items import load_rows
 from opcd.programs import evaluate_best, read_evaluation
 from opcd.responses import by_metric, respond, rows_of
 from opcd.runs import RoundFolder, RunFolder, read_best, write_json, write_text

@@ -9,7 +9,7 @@ from typing import Any
 from opcd import weights
 from opcd.adapters import merged_weights, share_frozen
 from opcd.alternatives import Alternatives, measure_alternatives
-from opcd.assembly import Item, Parts
+from opcd.assembly import Parts
 from opcd.costs import (
     KvShape,
     Prices,
@@ -23,6 +23,7 @@ from opcd.costs import (
 )
 from opcd.drawing import draw_pairs
 from opcd.errors import CostsError, RunFolderError
+from opcd.items import Item
 from opcd.models import why_no_prefix
 from opcd.prefix_cache import read_prefix
 from opcd.programs import open_baked, read_evaluation

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
-from opcd.assembly import AHEAD_STEPS, Item, Parts
+from opcd.assembly import AHEAD_STEPS, Parts
 from opcd.config import Run
 from opcd.envs.episodes import Episode, Played, Player, play_episodes
 from opcd.errors import OverLongError, RolloutError
+from opcd.items import Item
 from opcd.rollouts.engine import Prompt, RolloutEngine, Sampling
 from opcd.tasks import draw
 from opcd.types import Answered, Origin, PromptPair

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from opcd.assembly import Item, Parts
+from opcd.assembly import Parts
 from opcd.config.training import Loss
 from opcd.intervals import estimate, mcnemar
+from opcd.items import Item
 from opcd.responses import (
     Response,
     by_metric,

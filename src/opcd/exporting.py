@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from opcd import adapters, weights
-from opcd.assembly import Parts, pairs_of
+from opcd.assembly import Parts
 from opcd.errors import ExportError, RunFolderError
+from opcd.items import pairs_of
 from opcd.programs import open_baked
 from opcd.types import PromptPair
 

@@ -8,9 +8,10 @@ gain, and where the context does harm, baking it in does the same harm.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from opcd.assembly import Item, Parts
+from opcd.assembly import Parts
 from opcd.config.training import Loss
 from opcd.intervals import Estimate, estimate, mcnemar
+from opcd.items import Item
 from opcd.responses import (
     Response,
     by_metric,

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from opcd.adapters import load_weights
-from opcd.assembly import Item, Parts, assemble
+from opcd.assembly import Parts, assemble
 from opcd.checking import check_context
 from opcd.config import Run
 from opcd.config.inputs import PER_ROW
@@ -13,6 +13,7 @@ from opcd.contexts import load_context
 from opcd.errors import ContextError
 from opcd.evaluation import CONDITIONS, Evaluation, evaluate
 from opcd.gap import measure_gap
+from opcd.items import Item
 from opcd.responses import respond
 from opcd.runs import (
     RunFolder,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from opcd.assembly import Item, Parts
+from opcd.assembly import Parts
 from opcd.chunking import chunked_stats
 from opcd.coaching import coach_items
 from opcd.config.training import Loss
@@ -14,6 +14,7 @@ from opcd.divergence import TokenStats
 from opcd.drawing import answer, name_episodes, play, turns_of
 from opcd.envs.episodes import Episode
 from opcd.errors import TaskError
+from opcd.items import Item
 from opcd.rollouts.engine import Policy, Sampling
 from opcd.types import Answered, Condition, PromptPair, Score
 

@@ -3,8 +3,9 @@
 from rich.console import Console
 from rich.text import Text
 
-from opcd.assembly import Item, max_prompt_tokens, pairs_of, render_splits
+from opcd.assembly import max_prompt_tokens
 from opcd.config import Run
+from opcd.items import Item, pairs_of, render_splits
 from opcd.rendering import Renderer, common_prefix
 from opcd.weights import load_tokenizer, positions
 

@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from opcd.adapters import causal_model, trainable
-from opcd.assembly import Item, Parts
+from opcd.assembly import Parts
 from opcd.batching import Side, collate
 from opcd.chunking import chunked_stats
 from opcd.config.training import ExactSupport
 from opcd.distill import cut_portions, weigh
 from opcd.drawing import prompt_of
+from opcd.items import Item
 from opcd.models import PLAIN_ATTENTION_TOKENS, attention, output_head
 from opcd.prefix_cache import SharedPrefix, keep_prefix
 from opcd.responses import Response, grade

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from opcd.assembly import Item, Parts
+from opcd.assembly import Parts
 from opcd.config.experience import Experience
 from opcd.drawing import play
 from opcd.envs.episodes import Episode
 from opcd.errors import TraceError
 from opcd.graders import feedback_on
+from opcd.items import Item
 from opcd.responses import Response, respond
 from opcd.rollouts.engine import Sampling
 from opcd.traces import Trace, Turn, append_traces, read_traces

@@ -15,12 +15,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from opcd.anchors import AnchorSet
-from opcd.assembly import Item, Parts
+from opcd.assembly import Parts
 from opcd.config.inputs import PER_ROW
 from opcd.config.training import Loss
 from opcd.contexts import load_context
 from opcd.graders import form_of, grade_contains, grade_exact
 from opcd.intervals import estimate
+from opcd.items import Item
 from opcd.near_duplicates import quoted_share
 from opcd.other_contexts import load_other_contexts
 from opcd.responses import Response, ask, by_metric, mean, nats_by_row, respond, score

@@ -48,7 +48,7 @@ def episodes(count: int = 40) -> list[tuple[list[str], list[Action | None], str]
         env = make_env(GAME, board)
         seen, done, kind = [env.observation], [], ""
         while not env.finished:
-            action = random.choice([*STEPS, None])
+            action: Action | None = random.choice([*STEPS, None])
             result = env.act(action)
             kind = result.ending.kind if result.ending else ""
             seen.append(result.observation)

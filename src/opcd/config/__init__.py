@@ -1,8 +1,7 @@
 """A whole run as one typed tree: load, override, check, dump."""
 
 from opcd.config import inputs, training
-from opcd.config.run import (
-    Run,
+from opcd.config.files import (
     check_files,
     derive,
     differences,
@@ -11,6 +10,7 @@ from opcd.config.run import (
     load_config,
     read_rates,
 )
+from opcd.config.run import Run
 
 __all__ = [
     "Run",

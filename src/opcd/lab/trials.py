@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 
-from opcd.assembly import Item, Parts, assemble, with_context
+from opcd.assembly import Parts, assemble
 from opcd.config import Run
 from opcd.config.training import Loss
 from opcd.distill import distill
+from opcd.items import Item, with_context
 from opcd.lab.worlds import World, answer_of, other_truths, tell
 from opcd.responses import mean, nats_by_response, respond, rows_of, score
 from opcd.runs import write_json
@@ -99,7 +100,7 @@ def other_marks(parts: Parts, world: World) -> Marks:
     items, random = rows_of(parts, "test", None), Random(world.seed)
     marks: Marks = []
     for facts in other_truths(world, "test"):
-        asked = with_context(parts, random.sample(items, 12), Context(system=tell(facts)))
+        asked = with_context(parts.renderer, random.sample(items, 12), Context(system=tell(facts)))
         right = [answer_of(facts, item.task.messages[-1].content) for item in asked]
         renewed = [
             replace(item, task=replace(item.task, answer=answer))

@@ -1,15 +1,16 @@
-"""`opcd.assembly`: items are what the run asks, each with the context that its teacher sees."""
+"""`opcd.items`: items are what the run asks, each with the context that its teacher sees."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
-from opcd.assembly import Item, Pool, assemble, render_pool, with_context
+from opcd.assembly import assemble
 from opcd.config import derive
 from opcd.config.training import Rendering
 from opcd.envs.games import openings_of
 from opcd.errors import OverLongError
+from opcd.items import Item, Pool, render_pool, with_context
 from opcd.rendering import Renderer
 from opcd.tasks import draw
 from opcd.types import Context, Message, Origin, PromptPair, Task
@@ -52,14 +53,14 @@ def test_items_with_another_context_are_the_same_tasks(player_path: Path, tmp_pa
     """None is dropped, whatever the run does with rows that do not fit."""
     parts = assemble(make_game_run(tmp_path, player_path, "rendering.over_long=drop_row"))
     items = parts.items["validation"]
-    others = with_context(parts, items, Context(system="Mind the holes."))
+    others = with_context(parts.renderer, items, Context(system="Mind the holes."))
     for item, other in zip(items, others, strict=True):
         assert (other.task, other.game) == (item.task, item.game)
         assert other.pair.student_ids == item.pair.student_ids
         assert other.context.system == "Mind the holes."
         assert "Mind the holes." in parts.renderer.decode(other.pair.teacher_ids)
     with pytest.raises(OverLongError, match="validation-00000"):
-        with_context(parts, items, Context(system="Mind the holes. " * 900))
+        with_context(parts.renderer, items, Context(system="Mind the holes. " * 900))
 
 
 def test_turns_that_cannot_fit_are_known_before_the_run(player_path: Path, tmp_path: Path) -> None:
