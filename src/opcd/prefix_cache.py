@@ -1,9 +1,9 @@
-"""The context that all teacher prompts begin with, read once.
+"""Openings that prompts share, read once: keys and values that a whole batch attends to.
 
-The keys and values of the shared prefix exist once, whatever the batch. Attention over it folds
-the whole batch into the queries (one large product that reads the prefix once), attention over a
+The keys and values of an opening exist once, whatever the batch. Attention over it folds the rows
+behind it into the queries (one large product that reads the opening once), attention over a
 row's own tokens is as usual, and the two are merged by their log-sum-exp: the softmax over both
-parts is exact, nothing is approximated.
+parts is exact, nothing is approximated. Rows of one batch may stand behind different openings.
 
     out = w out_prefix + (1 - w) out_own,   w = 1 / (1 + exp(lse_own - lse_prefix))
 """
@@ -46,38 +46,79 @@ class SharedPrefix:
 
 @torch.no_grad()
 def read_prefix(model: Any, ids: Sequence[int]) -> SharedPrefix:
-    """Read a prefix with the model's weights of this moment."""
+    """Read a prefix with the model's weights of this moment.
+
+    In pieces, each behind those before it, so that neither scores nor a mask of `[P, P]` exist.
+    """
+    config = causal_model(model).config
     decoder = causal_model(model).get_decoder()
-    device = next(decoder.parameters()).device
-    cache = DynamicCache(config=causal_model(model).config)
-    for part_P in torch.tensor(ids, device=device).split(PREFILL_TOKENS):
-        decoder(input_ids=part_P.unsqueeze(0), past_key_values=cache, use_cache=True)
-    return keep_prefix(model, cache, ids)
+    parts = torch.tensor(ids, device=next(decoder.parameters()).device).split(PREFILL_TOKENS)
+    cache = DynamicCache(config=config)
+    decoder(input_ids=parts[0].unsqueeze(0), past_key_values=cache, use_cache=True)
+    known = keep_prefix(model, cache, ids[: len(parts[0])])
+    if len(parts) == 1:
+        return known
+    sides = tuple(
+        tuple(
+            part_hPd.new_empty(part_hPd.shape[0], len(ids), part_hPd.shape[2]) for part_hPd in side
+        )
+        for side in (known.keys, known.values)
+    )
+    done = 0
+    for part_P in parts:
+        if done:
+            cache = DynamicCache(config=config)
+            before = SharedPrefix(*_heads(sides, done), ids=tuple(ids[:done]))
+            forward_after_prefix(model, [before], part_P.unsqueeze(0), cache=cache)
+            known = keep_prefix(model, cache, ids[done : done + len(part_P)])
+        for whole, part in zip(sides, (known.keys, known.values), strict=True):
+            for whole_hPd, part_hPd in zip(whole, part, strict=True):
+                whole_hPd[:, done : done + len(part_P)] = part_hPd
+        done += len(part_P)
+    return SharedPrefix(*sides, ids=tuple(ids))
+
+
+def _heads(sides: tuple[tuple[Tensor, ...], ...], tokens: int) -> list[tuple[Tensor, ...]]:
+    return [tuple(side_hPd[:, :tokens] for side_hPd in side) for side in sides]
 
 
 def keep_prefix(model: Any, cache: DynamicCache, ids: Sequence[int]) -> SharedPrefix:
     """The keys and values that a model left in the cache of one row, in the dtype to attend in."""
-    # Under autocast the cache keeps float32, which attention would turn into bfloat16 every time. A
-    # CPU's fused kernel, though, takes half as long again in bfloat16.
-    dtype, read = compute_dtype(model), cast(Any, cache.layers)
-    if read[0].keys.device.type == "cpu":
-        dtype = torch.promote_types(dtype, torch.float32)
+    read = cast(Any, cache.layers)
+    dtype = kept_dtype(model)
     layers = [(layer.keys[0].to(dtype), layer.values[0].to(dtype)) for layer in read]
     return SharedPrefix(*(tuple(part) for part in zip(*layers, strict=True)), ids=tuple(ids))
 
 
+def kept_dtype(model: Any) -> torch.dtype:
+    """The dtype of a prefix's keys and values."""
+    # Under autocast the cache keeps float32, which attention would turn into bfloat16 every time. A
+    # CPU's fused kernel, though, takes half as long again in bfloat16.
+    dtype, device = compute_dtype(model), next(model.parameters()).device
+    return torch.promote_types(dtype, torch.float32) if device.type == "cpu" else dtype
+
+
+def token_bytes(model: Any) -> int:
+    """Memory that the keys and values of one token of a prefix take."""
+    config = causal_model(model).config.get_text_config()
+    heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * config.num_hidden_layers * key_heads * width * kept_dtype(model).itemsize
+
+
 def forward_after_prefix(
     model: Any,
-    prefix: SharedPrefix,
+    prefixes: Sequence[SharedPrefix],
     ids_BS: Tensor,
     mask_BS: Tensor | None = None,
     cache: DynamicCache | None = None,
 ) -> Tensor:
-    """Hidden states `_BSD` of tokens that all come after the same prefix.
+    """Hidden states `_BSD` of tokens that come after prefixes that were read before.
 
     Args:
-        model: the model that read the prefix, with the same weights.
-        prefix: the shared prefix.
+        model: the model that read the prefixes, with the same weights.
+        prefixes: each row's; neighbours with the same one attend to it together.
         ids_BS: each row's own tokens. With `cache`, those after what is in it.
         mask_BS: 1 at real tokens, over the cached and the new ones; needed with left padding.
         cache: holds the rows' own keys and values, and grows.
@@ -86,7 +127,8 @@ def forward_after_prefix(
     old = cache.get_seq_length() if cache is not None else 0
     if mask_BS is None:
         mask_BS = torch.ones(len(ids_BS), old + ids_BS.shape[1], device=ids_BS.device)
-    positions_BS = (mask_BS.long().cumsum(-1) - 1).clamp(min=0)[:, old:] + prefix.tokens
+    before_B1 = torch.tensor([prefix.tokens for prefix in prefixes], device=ids_BS.device)[:, None]
+    positions_BS = (mask_BS.long().cumsum(-1) - 1).clamp(min=0)[:, old:] + before_B1
     with attention(model, "opcd_cascade"):
         return decoder(
             input_ids=ids_BS,
@@ -94,8 +136,19 @@ def forward_after_prefix(
             position_ids=positions_BS,
             past_key_values=cache,
             use_cache=cache is not None,
-            shared_prefix=prefix,
+            shared_prefixes=_blocks(prefixes),
         ).last_hidden_state
+
+
+def _blocks(prefixes: Sequence[SharedPrefix]) -> list[tuple[slice, SharedPrefix]]:
+    """Neighbouring rows with the same prefix."""
+    found: list[tuple[slice, SharedPrefix]] = []
+    for row, prefix in enumerate(prefixes):
+        if found and found[-1][1] is prefix:
+            found[-1] = slice(found[-1][0].start, row + 1), prefix
+        else:
+            found.append((slice(row, row + 1), prefix))
+    return found
 
 
 def cascade_attention(
@@ -105,10 +158,10 @@ def cascade_attention(
     value_BhSd: Tensor,
     attention_mask: Tensor,
     scaling: float,
-    shared_prefix: SharedPrefix,
+    shared_prefixes: Sequence[tuple[slice, SharedPrefix]],
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over a shared prefix and over each row's own tokens, merged exactly.
+    """Attention over shared prefixes and over each row's own tokens, merged exactly.
 
     `H` query heads share `h` key heads; `d` is the width of a head. Registered with transformers
     as `opcd_cascade`; returns `[B, S, H, d]` as its attention functions do.
@@ -118,14 +171,18 @@ def cascade_attention(
     # Under autocast rotary embeddings leave queries and keys in float32 beside bfloat16 values.
     dtype = value_BhSd.dtype
     query_BhGd = query_BHSd.to(dtype).reshape(batch, key_heads, -1, width) * scaling
-    folded_hNd = query_BhGd.transpose(0, 1).reshape(key_heads, -1, width)
-    keys, values = (side[module.layer_idx] for side in (shared_prefix.keys, shared_prefix.values))
-    out_hNd, lse_hN = _attend_prefix(folded_hNd.to(keys.dtype), keys, values)
     own_BhGd, own_lse_BhG = _attend_own(query_BhGd, key_BhSd.to(dtype), value_BhSd, attention_mask)
-    out_BhGd = out_hNd.to(dtype).view(key_heads, batch, -1, width).transpose(0, 1)
-    lse_BhG = lse_hN.view(key_heads, batch, -1).transpose(0, 1)
-    weight_BhG1 = torch.sigmoid(lse_BhG - own_lse_BhG).unsqueeze(-1).to(dtype)
-    merged_BhGd = torch.lerp(own_BhGd, out_BhGd, weight_BhG1)
+    merged = []
+    for rows, prefix in shared_prefixes:
+        keys, values = (side[module.layer_idx] for side in (prefix.keys, prefix.values))
+        folded_hNd = query_BhGd[rows].transpose(0, 1).reshape(key_heads, -1, width)
+        out_hNd, lse_hN = _attend_prefix(folded_hNd.to(keys.dtype), keys, values)
+        count = rows.stop - rows.start
+        out_BhGd = out_hNd.to(dtype).view(key_heads, count, -1, width).transpose(0, 1)
+        lse_BhG = lse_hN.view(key_heads, count, -1).transpose(0, 1)
+        weight_BhG1 = torch.sigmoid(lse_BhG - own_lse_BhG[rows]).unsqueeze(-1).to(dtype)
+        merged.append(torch.lerp(own_BhGd[rows], out_BhGd, weight_BhG1))
+    merged_BhGd = merged[0] if len(merged) == 1 else torch.cat(merged)
     return merged_BhGd.reshape(batch, heads, length, width).transpose(1, 2), None
 
 
