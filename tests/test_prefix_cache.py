@@ -17,7 +17,12 @@ from transformers import (
 from opcd import prefix_cache
 from opcd.batching import collate
 from opcd.models import hidden_states, output_head, why_no_prefix
-from opcd.prefix_cache import SharedPrefix, forward_after_prefix, read_prefix
+from opcd.prefix_cache import (
+    SharedPrefix,
+    forward_after_prefix,
+    read_prefix,
+    token_bytes,
+)
 from tiny import SHAPE, build, pair_of, random_ids, rollout_of
 
 PREFIX = 70
@@ -50,9 +55,10 @@ def llama() -> Any:
 @torch.no_grad()
 def difference(model: Any) -> float:
     """The largest difference in log-probability between the cached and the uncached pass."""
-    whole, cut = collate(PAIRS, ROLLOUTS).teacher, collate(PAIRS, ROLLOUTS, PREFIX).teacher
+    whole = collate(PAIRS, ROLLOUTS).teacher
+    cut, _ = whole.part([0, 1, 2], [PREFIX] * 3)
     prefix = read_prefix(model, PAIRS[0].teacher_ids[:PREFIX])
-    cached_TD = cut.take(forward_after_prefix(model, prefix, cut.ids_BS))
+    cached_TD = cut.take(forward_after_prefix(model, [prefix] * 3, cut.ids_BS))
     sides = (hidden_states(model, whole), cached_TD)
     uncached_TV, cached_TV = (output_head(model)(side).log_softmax(-1) for side in sides)
     return (uncached_TV - cached_TV).abs().max().item()
@@ -86,35 +92,48 @@ def test_the_prefix_matters(llama: Any) -> None:
     """Tests the tests above: without the prefix, or with another one, the values differ."""
     own_BS = torch.tensor([random_ids(6, 1)])
     hidden = [
-        forward_after_prefix(llama, read_prefix(llama, random_ids(PREFIX, seed)), own_BS)
+        forward_after_prefix(llama, [read_prefix(llama, random_ids(PREFIX, seed))], own_BS)
         for seed in (77, 78)
     ]
     assert (hidden[0] - hidden[1]).abs().max() > 0.1
 
 
 @torch.no_grad()
-def stepwise(model: Any, prefix: SharedPrefix, rows: list[tuple[int, ...]], new: Tensor) -> Tensor:
+def stepwise(
+    model: Any, prefixes: list[SharedPrefix], rows: list[tuple[int, ...]], new: Tensor
+) -> Tensor:
     """Left-padded rows, then one token at a time into a cache; the last hidden state, `_BD`."""
     width = max(len(row) for row in rows)
     ids_BS = torch.tensor([(0,) * (width - len(row)) + row for row in rows])
     mask_BS = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     cache = DynamicCache(config=model.config)
-    hidden_BSD = forward_after_prefix(model, prefix, ids_BS, mask_BS, cache)
+    hidden_BSD = forward_after_prefix(model, prefixes, ids_BS, mask_BS, cache)
     for token_B1 in new.split(1, dim=1):
         mask_BS = torch.cat([mask_BS, torch.ones_like(token_B1)], dim=1)
-        hidden_BSD = forward_after_prefix(model, prefix, token_B1, mask_BS, cache)
+        hidden_BSD = forward_after_prefix(model, prefixes, token_B1, mask_BS, cache)
     assert cache.get_seq_length() == width + new.shape[1]
     return hidden_BSD[:, -1]
 
 
-def test_left_padding_with_a_growing_cache_equals_full_prompts(model: Any) -> None:
+@pytest.mark.parametrize(
+    "openings",
+    [
+        [random_ids(PREFIX, 77)] * 3,
+        [random_ids(PREFIX, 77), random_ids(33, 78), random_ids(33, 78)],
+        [random_ids(9, 79), random_ids(PREFIX, 77), random_ids(9, 79)],
+    ],
+    ids=["one prefix", "two prefixes", "neighbours behind different ones"],
+)
+def test_left_padding_with_a_growing_cache_equals_full_prompts(
+    model: Any, openings: list[tuple[int, ...]]
+) -> None:
     """What the rollout engine does: ragged prompts on the left, then token by token."""
-    ids = PAIRS[0].teacher_ids[:PREFIX]
+    read = {ids: read_prefix(model, ids) for ids in openings}
     rows = [random_ids(count, 40 + count) for count in (1, 8, 5)]
     new_B4 = torch.tensor([random_ids(4, 60 + row) for row in range(3)])
-    found_BD = stepwise(model, read_prefix(model, ids), rows, new_B4)
+    found_BD = stepwise(model, [read[ids] for ids in openings], rows, new_B4)
     for row, own in enumerate(rows):
-        whole = torch.tensor([[*ids, *own, *new_B4[row].tolist()]])
+        whole = torch.tensor([[*openings[row], *own, *new_B4[row].tolist()]])
         with torch.no_grad():
             wanted_D = model.get_decoder()(input_ids=whole).last_hidden_state[0, -1]
         ours, wanted = (output_head(model)(h).log_softmax(-1) for h in (found_BD[row], wanted_D))
@@ -143,10 +162,10 @@ def test_a_window_in_every_layer_is_refused_too(window: int) -> None:
 def test_the_attention_of_the_model_is_put_back(llama: Any) -> None:
     usual = llama.config._attn_implementation
     prefix = read_prefix(llama, random_ids(PREFIX, 77))
-    forward_after_prefix(llama, prefix, torch.tensor([random_ids(4, 1)]))
+    forward_after_prefix(llama, [prefix], torch.tensor([random_ids(4, 1)]))
     assert llama.config._attn_implementation == usual
     with pytest.raises(IndexError):
-        forward_after_prefix(llama, prefix, torch.tensor([[10**6]]))
+        forward_after_prefix(llama, [prefix], torch.tensor([[10**6]]))
     assert llama.config._attn_implementation == usual
 
 
@@ -154,5 +173,5 @@ def test_the_prefix_knows_its_size(llama: Any) -> None:
     """Two layers of two key heads, eight wide, four bytes: keys and values of each token."""
     prefix = read_prefix(llama, random_ids(PREFIX, 77))
     assert prefix.tokens == PREFIX
-    assert prefix.bytes == 2 * 2 * 2 * 8 * 4 * PREFIX
+    assert prefix.bytes == 2 * 2 * 2 * 8 * 4 * PREFIX == token_bytes(llama) * PREFIX
     assert {tuple(side.shape) for side in prefix.keys + prefix.values} == {(2, PREFIX, 8)}

@@ -123,7 +123,8 @@ def in_passes(
     Rows with and rows without an opening are never in one pass: the latter are longer by far.
 
     Args:
-        openings: of each row, `()` for none; those that are the same stand together.
+        openings: of each row, `()` for none; those that are the same stand together, those that
+            are none in front.
         most_rows: of a pass whose rows have one.
         most_tokens: of such a pass's different openings together; one may be longer.
         most_whole: rows of a pass whose rows have none.
@@ -131,10 +132,11 @@ def in_passes(
     part: list[int] = []
     held = 0
     for place, opening in enumerate(openings):
-        last = openings[part[-1]] if part else opening
+        last = openings[part[-1]] if part else ()
         more = 0 if part and opening == last else len(opening)
-        most = most_rows if last else most_whole
-        if part and (len(part) == most or held + more > most_tokens or bool(opening) != bool(last)):
+        is_full = len(part) == (most_rows if last else most_whole)
+        is_apart = more > 0 and (not last or held + more > most_tokens)
+        if part and (is_full or is_apart):
             yield part
             part, held, more = [], 0, len(opening)
         part.append(place)

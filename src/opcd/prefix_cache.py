@@ -41,7 +41,12 @@ class SharedPrefix:
     @property
     def bytes(self) -> int:
         """Memory the prefix takes."""
-        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+        return sum(t.numel() * t.element_size() for t in self.sides)
+
+    @property
+    def sides(self) -> tuple[Tensor, ...]:
+        """The keys of all layers, then their values."""
+        return self.keys + self.values
 
 
 @torch.no_grad()
@@ -50,36 +55,34 @@ def read_prefix(model: Any, ids: Sequence[int]) -> SharedPrefix:
 
     In pieces, each behind those before it, so that neither scores nor a mask of `[P, P]` exist.
     """
-    config = causal_model(model).config
     decoder = causal_model(model).get_decoder()
-    parts = torch.tensor(ids, device=next(decoder.parameters()).device).split(PREFILL_TOKENS)
-    cache = DynamicCache(config=config)
-    decoder(input_ids=parts[0].unsqueeze(0), past_key_values=cache, use_cache=True)
-    known = keep_prefix(model, cache, ids[: len(parts[0])])
-    if len(parts) == 1:
-        return known
-    sides = tuple(
-        tuple(
-            part_hPd.new_empty(part_hPd.shape[0], len(ids), part_hPd.shape[2]) for part_hPd in side
-        )
-        for side in (known.keys, known.values)
-    )
+    whole: list[Tensor] = []
     done = 0
-    for part_P in parts:
+    for part_P in torch.tensor(ids, device=next(decoder.parameters()).device).split(PREFILL_TOKENS):
+        cache, part_1P = DynamicCache(config=causal_model(model).config), part_P.unsqueeze(0)
         if done:
-            cache = DynamicCache(config=config)
-            before = SharedPrefix(*_heads(sides, done), ids=tuple(ids[:done]))
-            forward_after_prefix(model, [before], part_P.unsqueeze(0), cache=cache)
-            known = keep_prefix(model, cache, ids[done : done + len(part_P)])
-        for whole, part in zip(sides, (known.keys, known.values), strict=True):
-            for whole_hPd, part_hPd in zip(whole, part, strict=True):
-                whole_hPd[:, done : done + len(part_P)] = part_hPd
+            forward_after_prefix(model, [_prefix_of(whole, ids[:done])], part_1P, cache=cache)
+        else:
+            decoder(input_ids=part_1P, past_key_values=cache, use_cache=True)
+        new = keep_prefix(model, cache, ids[done : done + len(part_P)])
+        if len(ids) == new.tokens:
+            return new
+        whole = whole or [side_hPd.new_empty(_longer(side_hPd, len(ids))) for side_hPd in new.sides]
+        for whole_hPd, new_hPd in zip(whole, new.sides, strict=True):
+            whole_hPd[:, done : done + len(part_P)] = new_hPd
         done += len(part_P)
-    return SharedPrefix(*sides, ids=tuple(ids))
+    return _prefix_of(whole, ids)
 
 
-def _heads(sides: tuple[tuple[Tensor, ...], ...], tokens: int) -> list[tuple[Tensor, ...]]:
-    return [tuple(side_hPd[:, :tokens] for side_hPd in side) for side in sides]
+def _longer(side_hPd: Tensor, tokens: int) -> tuple[int, int, int]:
+    heads, _, width = side_hPd.shape
+    return heads, tokens, width
+
+
+def _prefix_of(sides: Sequence[Tensor], ids: Sequence[int]) -> SharedPrefix:
+    """Keys and values of all layers as a prefix that has only its first tokens yet."""
+    own = tuple(side_hPd[:, : len(ids)] for side_hPd in sides)
+    return SharedPrefix(own[: len(own) // 2], own[len(own) // 2 :], tuple(ids))
 
 
 def keep_prefix(model: Any, cache: DynamicCache, ids: Sequence[int]) -> SharedPrefix:

@@ -202,7 +202,10 @@ class LocalTeacher:
             return hidden_states(self.model, own)
         # The batch's own openings are not kept: others will take their place, or the weights move.
         known = set(self.openings.known)
-        read = {ids: self.prefixes.get(ids, keep=ids in known) for ids in dict.fromkeys(openings)}
+        read = {
+            ids: self.prefixes.get(ids) if ids in known else read_prefix(self.model, ids)
+            for ids in dict.fromkeys(openings)
+        }
         prefixes = [read[ids] for ids in openings]
         return own.take(forward_after_prefix(self.model, prefixes, own.ids_BS))
 
