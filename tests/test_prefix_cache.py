@@ -14,6 +14,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from allocated import peak_bytes
 from opcd import prefix_cache
 from opcd.batching import collate
 from opcd.models import hidden_states, output_head, why_no_prefix
@@ -175,3 +176,41 @@ def test_the_prefix_knows_its_size(llama: Any) -> None:
     assert prefix.tokens == PREFIX
     assert prefix.bytes == 2 * 2 * 2 * 8 * 4 * PREFIX == token_bytes(llama) * PREFIX
     assert {tuple(side.shape) for side in prefix.keys + prefix.values} == {(2, PREFIX, 8)}
+
+
+LONG = 16 * 1024
+"""Tokens of a context that no batch may multiply."""
+
+
+@pytest.fixture(scope="module")
+def long_prefix() -> tuple[Any, SharedPrefix, int]:
+    """A model, a long prefix that it has read, and the most bytes that reading took at a time."""
+    model = build(LlamaConfig(**{**SHAPE, "max_position_embeddings": 2 * LONG}), seed=5)
+    read: list[SharedPrefix] = []
+    peak = peak_bytes(lambda: read.append(read_prefix(model, random_ids(LONG, 3))))
+    return model, read[0], peak
+
+
+def test_reading_a_long_prefix_has_no_scores_of_all_with_all(
+    long_prefix: tuple[Any, SharedPrefix, int],
+) -> None:
+    """Even one byte for each pair of its tokens would be 256 MiB, for a piece and all 16 MiB."""
+    _, prefix, peak = long_prefix
+    assert prefix.tokens == LONG and prefix.bytes == 4 * 2**20
+    assert peak < prefix.bytes + 8 * 2**20
+
+
+@torch.no_grad()
+def test_memory_grows_by_the_rows_own_tokens_alone(
+    long_prefix: tuple[Any, SharedPrefix, int],
+) -> None:
+    """Scoring 32 rows in place of 4 behind 16k tokens: not one row makes a copy, or a mask."""
+    model, prefix, _ = long_prefix
+    ids_BS = torch.tensor([random_ids(64, row) for row in range(32)])
+
+    def peak(behind: SharedPrefix, rows: int) -> int:
+        return peak_bytes(lambda: forward_after_prefix(model, [behind] * rows, ids_BS[:rows]))
+
+    assert peak(prefix, 32) < 2 * prefix.bytes, "32 copies would be 128 MiB"
+    short = peak(read_prefix(model, random_ids(64, 3)), 32)
+    assert peak(prefix, 32) - short < prefix.bytes / 64, "a long prefix takes what a short one does"

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Gemma2Config
 
+from allocated import peak_bytes
 from opcd import prefix_cache, teachers
 from opcd.adapters import adapter_off, trainable, tune
 from opcd.batching import Side, collate
@@ -281,6 +283,21 @@ def test_moving_teachers_read_a_context_once_a_batch(config: Any) -> None:
             wanted_TV = seen_by_model(student, SHARING)
         torch.testing.assert_close(seen_by(teacher, SHARING), wanted_TV, rtol=1e-3, atol=1e-4)
         assert teacher.prefixes.bytes == 0
+
+
+@pytest.mark.parametrize("config", [training.AdapterOff(), training.Ema()], ids=["still", "moving"])
+def test_no_teacher_copies_a_long_context_for_each_row(config: Any) -> None:
+    """Scoring 16 rows behind 4,096 tokens takes little more than scoring 2."""
+    student = tune(tiny_llama(positions=5000), Lora(rank=4), 0)
+    teacher, context = teacher_of(config, student), random_ids(4096, 8)
+    pairs = [PromptPair(str(n), random_ids(4, n), context + random_ids(9, n)) for n in range(16)]
+    rollouts = [rollout_of(pair.task_id, 8, n) for n, pair in enumerate(pairs)]
+    few, many = (
+        peak_bytes(partial(teacher.hidden, collate(pairs[:n], rollouts[:n]).teacher))
+        for n in (2, 16)
+    )
+    one_copy = 4096 * token_bytes(student)
+    assert many - few < 2 * one_copy < 14 * one_copy
 
 
 def test_models_that_cannot_share_a_prefix_say_why() -> None:

@@ -109,6 +109,10 @@ class Openings:
                 return len(opening)
         return 0
 
+    def __contains__(self, opening: Ids) -> bool:
+        """Whether these tokens are one of them."""
+        return opening in self._by_head.get(opening[:MIN_PREFIX_TOKENS], ())
+
     @property
     def tokens(self) -> int:
         """Of all openings together."""

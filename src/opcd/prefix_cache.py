@@ -23,6 +23,8 @@ SCORES_AT_ONCE = 2**24
 """Attention scores over the prefix that exist at one time."""
 PREFILL_TOKENS = 1024
 """Prefix tokens read in one forward pass."""
+FUSED_TOKENS = 256
+"""Own tokens of a row from which their scores take more memory than they save time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,9 @@ def forward_after_prefix(
     """
     decoder = causal_model(model).get_decoder()
     old = cache.get_seq_length() if cache is not None else 0
+    # A piece of a prefix attends to itself by the CPU's fused kernel: no scores, no mask.
+    is_piece = mask_BS is None and not old and ids_BS.shape[1] >= FUSED_TOKENS
+    is_fused = is_piece and ids_BS.device.type == "cpu"
     if mask_BS is None:
         mask_BS = torch.ones(len(ids_BS), old + ids_BS.shape[1], device=ids_BS.device)
     before_B1 = torch.tensor([prefix.tokens for prefix in prefixes], device=ids_BS.device)[:, None]
@@ -135,7 +140,7 @@ def forward_after_prefix(
     with attention(model, "opcd_cascade"):
         return decoder(
             input_ids=ids_BS,
-            attention_mask=_own_mask(mask_BS, ids_BS.shape[1]),
+            attention_mask=None if is_fused else _own_mask(mask_BS, ids_BS.shape[1]),
             position_ids=positions_BS,
             past_key_values=cache,
             use_cache=cache is not None,
@@ -159,7 +164,7 @@ def cascade_attention(
     query_BHSd: Tensor,
     key_BhSd: Tensor,
     value_BhSd: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     scaling: float,
     shared_prefixes: Sequence[tuple[slice, SharedPrefix]],
     **_: Any,
@@ -209,8 +214,10 @@ def _attend_prefix(query_hNd: Tensor, key_hPd: Tensor, value_hPd: Tensor) -> tup
 
 
 def _attend_own(
-    query_BhGd: Tensor, key_BhSd: Tensor, value_BhSd: Tensor, mask_B1qS: Tensor
+    query_BhGd: Tensor, key_BhSd: Tensor, value_BhSd: Tensor, mask_B1qS: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    if mask_B1qS is None:
+        return _attend_own_fused(query_BhGd, key_BhSd, value_BhSd)
     scores_BhGS = (query_BhGd @ key_BhSd.transpose(2, 3)).float()
     groups = query_BhGd.shape[2] // mask_B1qS.shape[2]
     scores_BhGS += mask_B1qS.repeat(1, 1, groups, 1)
@@ -218,6 +225,20 @@ def _attend_own(
     weights_BhGS = scores_BhGS.softmax(-1)
     lse_BhG = scores_BhGS.amax(-1) - weights_BhGS.amax(-1).log()
     return weights_BhGS.to(value_BhSd.dtype) @ value_BhSd, lse_BhG
+
+
+def _attend_own_fused(
+    query_BhGd: Tensor, key_BhSd: Tensor, value_BhSd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same for rows without padding and without a cache, of which only causality is asked."""
+    batch, key_heads, length, width = key_BhSd.shape
+    query_BHSd = query_BhGd.reshape(batch, -1, length, width)
+    groups = query_BHSd.shape[1] // key_heads
+    key_BHSd, value_BHSd = (s.repeat_interleave(groups, 1) for s in (key_BhSd, value_BhSd))
+    out_BHSd, lse_BHS = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query_BHSd, key_BHSd, value_BHSd, is_causal=True, scale=1.0
+    )
+    return out_BHSd.reshape(query_BhGd.shape), lse_BHS.reshape(query_BhGd.shape[:-1])
 
 
 def _own_mask(mask_BS: Tensor, queries: int) -> Tensor:

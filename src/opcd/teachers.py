@@ -201,9 +201,8 @@ class LocalTeacher:
         if not openings[0]:
             return hidden_states(self.model, own)
         # The batch's own openings are not kept: others will take their place, or the weights move.
-        known = set(self.openings.known)
         read = {
-            ids: self.prefixes.get(ids) if ids in known else read_prefix(self.model, ids)
+            ids: self.prefixes.get(ids) if ids in self.openings else read_prefix(self.model, ids)
             for ids in dict.fromkeys(openings)
         }
         prefixes = [read[ids] for ids in openings]
