@@ -16,7 +16,7 @@ from opcd.config import Run, check_files, training
 from opcd.errors import ConfigError
 from opcd.graders import Grader, build_grader
 from opcd.items import Item, check_last_turn, pairs_of, render_splits, weights_of
-from opcd.openings import Openings
+from opcd.openings import MIN_PREFIX_TOKENS, Openings
 from opcd.prefix_cache import token_bytes
 from opcd.rendering import Renderer
 from opcd.rollouts.engine import RolloutEngine
@@ -205,10 +205,14 @@ def _build_teachers(
 
 def _share_openings(teacher: LocalTeacher, items: Mapping[str, Sequence[Item]]) -> list[str]:
     """Let the teacher read each shared context once; notes say so, or why it does not."""
-    prompts = [pair.teacher_ids for pair in pairs_of(items)]
+    pairs = pairs_of(items)
+    prompts = [pair.teacher_ids for pair in pairs]
     openings = Openings(prompts, weights_of(items))
     if not openings.known:
-        return []
+        added = sum(len(pair.teacher_ids) - len(pair.student_ids) for pair in pairs) / len(pairs)
+        if added < MIN_PREFIX_TOKENS:
+            return []
+        return [f"no two of {len(prompts)} prompts share their context, so each is read in full"]
     lengths = sorted({len(ids) for ids in openings.known})
     tokens = " to ".join(f"{count:,}" for count in dict.fromkeys((lengths[0], lengths[-1])))
     count = len(openings.known)
