@@ -70,14 +70,18 @@ def test_cached_equals_uncached_on_ragged_batches(model: Any) -> None:
     assert difference(model) < 1e-4
 
 
-def test_the_prefix_may_be_read_in_parts(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fused", [1, 10**6], ids=["by the fused kernel", "by plain products"])
+def test_the_prefix_may_be_read_in_parts(
+    model: Any, fused: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A prefix longer than PREFILL_TOKENS takes several passes, the last one short."""
-    whole = read_prefix(llama, PAIRS[0].teacher_ids[:PREFIX])
+    whole = read_prefix(model, PAIRS[0].teacher_ids[:PREFIX])
     monkeypatch.setattr(prefix_cache, "PREFILL_TOKENS", 32)
-    parts = read_prefix(llama, PAIRS[0].teacher_ids[:PREFIX])
+    monkeypatch.setattr(prefix_cache, "FUSED_TOKENS", fused)
+    parts = read_prefix(model, PAIRS[0].teacher_ids[:PREFIX])
     for ours, wanted in zip(parts.keys + parts.values, whole.keys + whole.values, strict=True):
         torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-4)
-    assert difference(llama) < 1e-4
+    assert difference(model) < 1e-4
 
 
 @pytest.mark.parametrize("scores", [1, 2 * PREFIX * 7])

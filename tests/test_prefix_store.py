@@ -24,9 +24,12 @@ def store_of(model: Any, tokens: int) -> tuple[PrefixStore, list[tuple[int, ...]
 
     def read(ids: Sequence[int]) -> SharedPrefix:
         reads.append(tuple(ids))
+        if len(ids) <= tokens:
+            assert store.bytes + len(ids) * token_bytes(model) <= store.most_bytes
         return read_prefix(model, ids)
 
-    return PrefixStore(model, read, tokens * token_bytes(model)), reads
+    store = PrefixStore(model, read, tokens * token_bytes(model))
+    return store, reads
 
 
 def test_an_opening_is_read_once(model: Any) -> None:
@@ -57,7 +60,7 @@ def test_one_that_is_too_long_is_kept_alone(model: Any) -> None:
 
 
 def test_what_is_not_kept_makes_nothing_leave(model: Any) -> None:
-    store, reads = store_of(model, 11)
+    store, reads = store_of(model, 25)
     store.get(FIRST)
     store.get(SECOND, keep=False)
     store.get(FIRST)
