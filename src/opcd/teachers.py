@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from opcd.adapters import adapter_off, trainable
 from opcd.batching import Side
@@ -25,6 +26,7 @@ from opcd.divergence import divergence
 from opcd.errors import ConfigError
 from opcd.models import compute_dtype, hidden_states, output_head, why_no_prefix
 from opcd.prefix_cache import SharedPrefix, forward_after_prefix, read_prefix
+from opcd.sharding import give, own_part, whole
 
 MAX_PREFIX_KL_NATS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """How far the cached pass may be from the uncached one before it is not used."""
@@ -72,6 +74,10 @@ class Shadow:
 
     def __post_init__(self) -> None:
         """Start from the student's first weights."""
+        self.start()
+
+    def start(self) -> None:
+        """Take the student's weights as they are now, in shards if they are."""
         self.weights = {name: p.detach().clone() for name, p in trainable(self.model).items()}
 
     @contextmanager
@@ -87,11 +93,23 @@ class Shadow:
     def after_step(self, step: int) -> None:
         """Follow the student."""
         for name, live in trainable(self.model).items():
-            self.follow(step, self.weights[name], live.detach())
+            self.follow(step, own_part(self.weights[name]), own_part(live.detach()))
 
+    @torch.no_grad()
     def _swap(self) -> None:
         for name, live in trainable(self.model).items():
-            live.data, self.weights[name] = self.weights[name], live.data
+            if not isinstance(live, DTensor):
+                live.data, self.weights[name] = self.weights[name], live.data
+                continue
+            # FSDP2 puts a weight together from the memory that its shard was given at first.
+            ours, theirs = own_part(live), own_part(self.weights[name])
+            kept = ours.clone()
+            ours.copy_(theirs)
+            theirs.copy_(kept)
+
+
+def _at_once(work: Callable[[], Tensor]) -> Tensor:
+    return work()
 
 
 @dataclass
@@ -104,6 +122,8 @@ class LocalTeacher:
     moves: bool = False
     shadow: Shadow | None = None
     prefix: SharedPrefix | None = None
+    inside: Callable[[Callable[[], Tensor]], Tensor] = _at_once
+    """Does work where the model's weights are whole, if they are in shards."""
     head: Head = field(init=False)
 
     def __post_init__(self) -> None:
@@ -126,10 +146,13 @@ class LocalTeacher:
     def hidden(self, side: Side) -> Tensor:
         """`hidden_TD` at the response positions, without gradient."""
         with self._ready():
-            if side.prefix_tokens == 0:
-                return hidden_states(self.model, side)
-            assert self.prefix and side.prefix_tokens == self.prefix.tokens, "another prefix"
-            return side.take(forward_after_prefix(self.model, self.prefix, side.ids_BS))
+            return self.inside(lambda: self._read(side))
+
+    def _read(self, side: Side) -> Tensor:
+        if side.prefix_tokens == 0:
+            return hidden_states(self.model, side)
+        assert self.prefix and side.prefix_tokens == self.prefix.tokens, "another prefix"
+        return side.take(forward_after_prefix(self.model, self.prefix, side.ids_BS))
 
     def share_prefix(self, ids: Sequence[int], probe: Sequence[int]) -> str | None:
         """Read the context that all prompts begin with, once and for all.
@@ -161,13 +184,14 @@ class LocalTeacher:
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run has to give back."""
-        return dict(self.shadow.weights) if self.shadow else {}
+        shadows = self.shadow.weights if self.shadow else {}
+        return {name: whole(weight) for name, weight in shadows.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Continue from a saved state."""
         if self.shadow:
             for name, weight in self.shadow.weights.items():
-                weight.copy_(state[name])
+                give(weight, state[name])
 
     def _prefix_error(self, prefix: SharedPrefix, probe: Sequence[int]) -> float:
         device = next(self.model.parameters()).device
