@@ -127,7 +127,7 @@ def merged_weights(model: Any, policy: str = "student") -> Iterator[tuple[str, T
 def share_frozen(model: Any, plain: Any) -> None:
     """Let a plain model of the same architecture use the weights that training leaves alone.
 
-    Only those of its own dtype that are here as a whole; names are those of the untouched base model.
+    Only those of its own dtype that are whole here; names are those of the untouched base model.
     """
     moving = trainable(causal_model(model)).keys()
     adapted = {name.partition(".lora_")[0] for name in moving}

@@ -15,7 +15,7 @@ from opcd.config import Run, check_files, training
 from opcd.errors import ConfigError
 from opcd.graders import Grader, build_grader
 from opcd.items import Item, check_last_turn, pairs_of, render_splits
-from opcd.launch import build_accelerator, own, sharding_of
+from opcd.launch import build_accelerator, own
 from opcd.rendering import Renderer, common_prefix
 from opcd.rollouts.engine import RolloutEngine
 from opcd.rollouts.hf import MIN_PREFIX_TOKENS, HFEngine

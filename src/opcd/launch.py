@@ -98,10 +98,18 @@ def check_processes(config: Run, accelerator: Accelerator, dtype: torch.dtype) -
             f"context.type is coach, whose coach reads all responses of a step in turn, but there "
             f"are {count} processes; launch one"
         )
-    found = sorted(set(gather_object([str(dtype).removeprefix("torch.")])))
-    if len(found) > 1:
+    check_dtypes(gather_object([str(dtype).removeprefix("torch.")]))
+
+
+def check_dtypes(found: Sequence[str]) -> None:
+    """Refuse processes that would compute in different precisions.
+
+    Raises:
+        ConfigError: naming the setting to change.
+    """
+    if len(names := sorted(set(found))) > 1:
         raise ConfigError(
-            f'model.dtype = "auto" is {" in some processes and ".join(found)} in others, so that '
+            f'model.dtype = "auto" is {" in some processes and ".join(names)} in others, so that '
             "students and teachers would differ; set model.dtype to one of them"
         )
 
@@ -126,8 +134,8 @@ def sharding_of(accelerator: Accelerator, dtype: torch.dtype) -> Sharding | None
         )
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         raise ConfigError(
-            "accelerate was told to keep shards in the host's memory, which is not done here; write "
-            "fsdp_offload_params: false, and launch more processes if memory is short"
+            "accelerate was told to keep shards in the host's memory, which is not done here; "
+            "write fsdp_offload_params: false, and launch more processes if memory is short"
         )
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     return Sharding(mesh, dtype, plugin.reshard_after_forward)
@@ -157,7 +165,11 @@ def rejoin(accelerator: Any, share: Sequence[T]) -> list[T]:
     """The rows of all processes, in the order from which `own` dealt them out."""
     if accelerator.num_processes == 1:
         return list(share)
-    shares: list[Sequence[T]] = gather_object([list(share)])
+    return interleave(gather_object([list(share)]))
+
+
+def interleave(shares: Sequence[Sequence[T]]) -> list[T]:
+    """Rows that were dealt out in turn, in their first order."""
     rows: dict[int, T] = {}
     for index, one in enumerate(shares):
         rows |= {index + len(shares) * turn: row for turn, row in enumerate(one)}
