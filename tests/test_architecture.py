@@ -32,11 +32,13 @@ FLOORS = (
         "instructions",
         "near_duplicates",
         "screening",
+        "memory",
     ),
     ("divergence", "batching", "chunking"),
     (
         "weights",
         "adapters",
+        "sharding",
         "models",
         "prefix_cache",
         "teachers",
@@ -45,7 +47,7 @@ FLOORS = (
         "envs",
         "envs.*",
     ),
-    ("runs", "checkpoint", "tracking", "tally", "traces"),
+    ("runs", "checkpoint", "tracking", "tally", "traces", "launch"),
     (
         "items",
         "assembly",
@@ -94,7 +96,7 @@ FLOORS = (
         "cost_tables",
     ),
     ("lab", "lab.*"),
-    ("cli", "experience_cli", "lab_cli", ""),
+    ("cli", "experience_cli", "lab_cli", "__main__", ""),
 )
 """Module patterns by floor; the package itself is the empty name. Imports only go down."""
 

@@ -174,6 +174,9 @@ def held(run: Run, at: Layout) -> list[Part]:
             Part("adapter, its gradients, AdamW", 16 * adapter * share),
             Part("copy that answers", at.element * copied),
         ]
+    if at.processes > 1 and not at.sharded:
+        trained = shape.parameters if full else adapter_parameters(run, shape)
+        parts.append(Part("gradients on their way (DDP)", 4 * trained))
     parts += _teacher(run, at, share)
     moving = run.teacher.type in ("ema", "refresh")
     if moving:
