@@ -197,9 +197,8 @@ def assert_same_first_step(row: dict[str, Any], other: dict[str, Any]) -> None:
         assert row[key] == pytest.approx(other[key], rel=0.05), key
 
 
-def test_a_signal_to_one_stops_both_at_one_step_and_one_goes_on(ends: Ends, tmp_path: Path) -> None:
+def test_a_signal_to_one_stops_both_at_one_step_and_one_goes_on(ends: Ends) -> None:
     """The checkpoint of two processes resumes in one."""
-    del tmp_path
     assert ends.of("ddp_stopped") == [{"steps": 2, "interrupted_by": signal.SIGTERM}] * 2
     folder, run = open_run(ends.folder_of("ddp_stopped", 2).path)
     assert train(run, resume=True).steps == 4

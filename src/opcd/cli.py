@@ -121,6 +121,7 @@ def train(
         )
     outcome = start(run, resume=resume, overwrite=overwrite)
     console.quiet = not outcome.parts.accelerator.is_main_process
+    outcome.parts.accelerator.end_training()
     if outcome.interrupted_by is not None:
         console.print(f"stopped after step {outcome.steps}; continue with --resume")
         raise typer.Exit(128 + outcome.interrupted_by)

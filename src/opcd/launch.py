@@ -46,7 +46,7 @@ def build_accelerator(config: Run) -> Accelerator:
     )
     # The first to ask opens the connections; later ones cannot say how long to wait on them.
     waits = timedelta(seconds=config.launch.timeout_s)
-    state = PartialState(cpu=on_cpu, timeout=waits)
+    state: Any = PartialState(cpu=on_cpu, timeout=waits)
     dtype = weights.auto_dtype(config.model.dtype, torch.device("cpu") if on_cpu else state.device)
     precision = "bf16" if dtype == torch.bfloat16 else "no"
     _check_precision(config, precision)
@@ -141,7 +141,7 @@ def sharding_of(accelerator: Accelerator, dtype: torch.dtype) -> Sharding | None
     return Sharding(mesh, dtype, plugin.reshard_after_forward)
 
 
-def summed(accelerator: Accelerator, distiller: T) -> T:
+def summed(accelerator: Accelerator, distiller: Any) -> Any:
     """A student as accelerate prepares it: in the run's precision, gradients summed by DDP."""
     with warnings.catch_warnings():
         # torch has a new name for what accelerate asks of it.

@@ -45,7 +45,7 @@ class Sharding:
             "reshard_after_forward": self.reshard_after_forward,
         }
 
-    def shard(self, distiller: Any, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
+    def shard(self, distiller: Any, autocast: Callable[..., AbstractContextManager[Any]]) -> None:
         """Cut a student in place. Outside the distiller's `forward` and `run` it is in pieces.
 
         Args:
@@ -102,7 +102,10 @@ def whole(tensor: Tensor) -> Tensor:
 
 def own_part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor, in the memory where it is kept."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    shard: Any = tensor.detach()
+    return shard.to_local()
 
 
 def part_like(tensor: Tensor, like: Tensor) -> Tensor:
