@@ -15,16 +15,20 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 
 from opcd import checkpoint
 from opcd.config import Run, dump_config
 from opcd.errors import ConfigError
-from opcd.launch import check_dtypes, check_processes, interleave, on_main, own, sharding_of
+from opcd.launch import check_dtypes, check_processes, interleave, on_main, own, read_fsdp
 from opcd.runs import RunFolder, open_run, read_jsonl
 from opcd.training import check_shardable, train
 from tiny import make_run
 from worlds import tiny_llama, tokenizer
+
+CONFIGS = sorted((Path(__file__).parents[1] / "recipes" / "accelerate").glob("*.yaml"))
 
 LORA = ('model.tuning={type="lora", rank=4}', "optimizer.lr=0.003")
 FULL = ('model.tuning={type="full"}', 'teacher={type="frozen"}', "optimizer.lr=0.001")
@@ -286,7 +290,7 @@ def test_dtypes_that_differ_between_processes_are_refused() -> None:
 def test_what_fsdp_is_told_and_does_not_do_here_is_refused(
     monkeypatch: pytest.MonkeyPatch, variable: str, value: str, said: str
 ) -> None:
-    assert sharding_of(accelerator(0, 2), torch.float32) is None
+    assert read_fsdp() is None
     for name, given in {
         "ACCELERATE_USE_FSDP": "true",
         "FSDP_VERSION": "2",
@@ -294,7 +298,22 @@ def test_what_fsdp_is_told_and_does_not_do_here_is_refused(
     }.items():
         monkeypatch.setenv(name, given)
     with pytest.raises(ConfigError, match=said):
-        sharding_of(accelerator(0, 2), torch.float32)
+        read_fsdp()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_configs_that_are_shipped_are_understood(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By accelerate's launcher, which hands them over as it does here, and then by us."""
+    command = ["--config_file", str(path), "--module", "opcd", "train", "run.toml"]
+    told, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
+    assert (told.num_processes, told.module, told.mixed_precision) == (8, True, "no")
+    for name, value in prepare_multi_gpu_env(told).items():
+        monkeypatch.setenv(name, value)
+    found = read_fsdp()
+    assert (found is not None) == (path.stem == "fsdp2")
+    assert found is None or found.reshard_after_forward is True
 
 
 def test_a_moving_teacher_of_all_weights_is_refused_in_shards(tmp_path: Path) -> None:

@@ -120,6 +120,18 @@ def sharding_of(accelerator: Accelerator, dtype: torch.dtype) -> Sharding | None
     Raises:
         ConfigError: it was told what is not done here.
     """
+    if (told := read_fsdp()) is None:
+        return None
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    return Sharding(mesh, dtype, told.reshard_after_forward)
+
+
+def read_fsdp() -> Any:
+    """What accelerate was told of FSDP; `None` if nothing.
+
+    Raises:
+        ConfigError: it was told what is not done here.
+    """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() not in ("true", "1"):
         return None
     plugin: Any = FullyShardedDataParallelPlugin()
@@ -137,8 +149,7 @@ def sharding_of(accelerator: Accelerator, dtype: torch.dtype) -> Sharding | None
             "accelerate was told to keep shards in the host's memory, which is not done here; "
             "write fsdp_offload_params: false, and launch more processes if memory is short"
         )
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    return Sharding(mesh, dtype, plugin.reshard_after_forward)
+    return plugin
 
 
 def summed(accelerator: Accelerator, distiller: Any) -> Any:
