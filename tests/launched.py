@@ -18,7 +18,6 @@ from opcd.assembly import Parts
 from opcd.config import load_config
 from opcd.distill import StepReport, Trainer
 from opcd.errors import OpcdError
-from opcd.launch import build_accelerator
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 REAL = training.distill
@@ -47,10 +46,7 @@ def outcome_of(entry: dict[str, Any]) -> dict[str, Any]:
     try:
         found = training.train(run, resume=entry["resume"])
     except OpcdError as error:
-        return {
-            "error": f"{type(error).__name__}: {error}",
-            "process": build_accelerator(run).process_index,
-        }
+        return {"error": f"{type(error).__name__}: {error}"}
     return {"steps": found.steps, "interrupted_by": found.interrupted_by}
 
 
