@@ -86,14 +86,14 @@ class Parts:
         return round(sum(extra) / len(extra))
 
 
-def assemble(config: Run, accelerator: Accelerator | None = None) -> Parts:
+def assemble(config: Run) -> Parts:
     """Load and check everything that a run names.
 
     Raises:
         InputError: some part of the input is wrong; nothing was written.
     """
     check_files(config)
-    accelerator = accelerator or build_accelerator(config)
+    accelerator = build_accelerator(config)
     set_seed(config.seed)
     tokenizer = weights.load_tokenizer(config.model.path, config.model.revision)
     dtype = weights.auto_dtype(config.model.dtype, accelerator.device)

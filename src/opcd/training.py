@@ -102,7 +102,7 @@ def train(config: Run, resume: bool = False, overwrite: bool = False) -> Outcome
     with together(accelerator):
         if not resume:
             on_main(accelerator, lambda: check_free(config, overwrite))
-        parts = assemble(config, accelerator)
+        parts = assemble(config)
         folder = on_main(
             accelerator,
             lambda: check_resumable(config) if resume else create_run(config, overwrite),
