@@ -1,5 +1,6 @@
 """What was learned from experience as tables for a terminal."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
@@ -22,6 +23,7 @@ def count_traces(traces: Sequence[Sequence[Trace]]) -> list[dict[str, Any]]:
             {
                 "": f"seed {seed}",
                 "traces": len(own),
+                "cut at the token limit": sum(trace.cut for trace in own),
                 "outcome known": len(known),
                 "mean outcome": f"{sum(known) / len(known):.2f}" if known else "-",
             }
@@ -35,7 +37,7 @@ def count_answers(answers: Sequence[Sequence[Answer]]) -> list[dict[str, Any]]:
         {
             "answers": len(own),
             "too long to ask": sum(bool(answer.skipped) for answer in own),
-            "cut": sum(not answer.finished for answer in own),
+            "cut answers": sum(not answer.finished for answer in own),
             "items": sum(len(answer.items) for answer in own),
             "malformed": sum(answer.malformed for answer in own),
         }
@@ -52,6 +54,28 @@ def count_items(found: Sequence[Accumulation]) -> list[dict[str, Any]]:
             "tokens": grown.count_tokens(grown.text),
         }
         for grown in found
+    ]
+
+
+def gathered_words(
+    traces: Sequence[Sequence[Trace]],
+    answers: Sequence[Sequence[Answer]],
+    found: Sequence[Accumulation],
+) -> list[str]:
+    """What all accumulations of a round made of their traces, nothing left out."""
+    solved, written = [t for own in traces for t in own], [a for own in answers for a in own]
+    known = [trace.outcome for trace in solved if trace.outcome is not None]
+    went = f", mean outcome {sum(known) / len(known):.2f} of {len(known)} known" if known else ""
+    fates = sum((grown.counts for grown in found), Counter[str]())
+    became = ", ".join(f"{fates[n]} {n}" for n in ("kept", *get_args(Reason)) if fates[n])
+    cut = sum(trace.cut for trace in solved)
+    return [
+        f"{_count(len(solved), 'trace')}{went}; {cut} cut at the token limit",
+        f"{_count(len(written), 'answer')} about them: "
+        f"{_count(sum(len(a.items) for a in written), 'item')}, "
+        f"{_count(sum(a.malformed for a in written), 'malformed piece')}; "
+        f"{sum(not a.finished for a in written)} cut at the token limit",
+        f"items: {became or 'none'}",
     ]
 
 
@@ -92,6 +116,10 @@ def learned_lines(found: Mapping[str, Any]) -> list[str]:
         lines += paired_words(one["paired"], name)
         lines += [name + note for note in one.get("notes", ())]
     return [*lines, *paired_words(found["paired"])]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _cells(metrics: Sequence[str], table: Mapping[str, Any]) -> list[str]:
