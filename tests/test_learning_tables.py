@@ -1,6 +1,10 @@
 """What is told of gathering and of rounds: every count, and nothing left out."""
 
+from io import StringIO
 from typing import Any
+
+import pytest
+from rich.console import Console
 
 from opcd.experience import Accumulation, Limits
 from opcd.gathering import Answer
@@ -78,6 +82,28 @@ def test_rounds_stand_one_below_the_other_by_their_conditions() -> None:
         ["", "baked"],
     ]
     assert "25.0 %" in grid.rows[0][2] and grid.title.startswith("4 test rows")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("correct", "valid", "response_tokens", "truncated"),
+        ("correct", "turns", "invalid_moves", "response_tokens", "truncated"),
+    ],
+    ids=["answers", "games"],
+)
+def test_all_conditions_fit_into_80_columns_and_say_what_was_cut(names: tuple[str, ...]) -> None:
+    """An answer that the token limit ended is seldom right, whatever was learned."""
+    found = {"mean": 0.875, "ci95": [0.75, 0.96], "n": 24}
+    tokens = {"mean": 1023.5, "ci95": [1000.0, 1024.0], "n": 24}
+    table = {name: tokens if name == "response_tokens" else found for name in names}
+    grid = rounds_grid([{"round": 1, "rows": 24, "conditions": {"raw_traces": table}}])
+    console = Console(width=80, file=StringIO())
+    console.print(grid.for_terminal())
+    assert isinstance(console.file, StringIO)
+    lines = console.file.getvalue().splitlines()
+    assert sum(line.startswith("│") for line in lines) == 1, "no row is folded"
+    assert grid.headings[-1] == "cut off" and grid.rows[0][-1] == "88 %"
 
 
 def test_verdicts_tests_and_notes_are_told_with_their_round() -> None:

@@ -10,8 +10,10 @@ from opcd.glossary import metric_name
 from opcd.tables import Grid, cell, is_share
 from opcd.traces import Trace
 
-SHOWN = ("correct", "valid", "turns", "invalid_moves", "response_tokens")
+SHOWN = ("correct", "valid", "turns", "invalid_moves", "response_tokens", "truncated")
 """Metrics of the table, as far as the rows have them."""
+SHORT = {"response_tokens": "tokens", "invalid_moves": "invalid"}
+"""Their headings, where the usual ones would not fit beside the others in 80 columns."""
 
 
 def count_traces(traces: Sequence[Sequence[Trace]]) -> list[dict[str, Any]]:
@@ -85,14 +87,14 @@ def rounds_grid(rounds: Sequence[Mapping[str, Any]]) -> Grid:
     known = {name for one in measured for table in one["conditions"].values() for name in table}
     metrics = [name for name in SHOWN if name in known]
     if "correct" not in known:
-        metrics += sorted(known - {*metrics, "agreement", "truncated", "kl_nats_per_token"})
+        metrics += sorted(known - {*metrics, "agreement", "kl_nats_per_token"})
     rows = [
         ["" if place else str(one["round"]), name, *_cells(metrics, table)]
         for one in measured
         for place, (name, table) in enumerate(one["conditions"].items())
     ]
     count = measured[0]["rows"] if measured else 0
-    names = [metric_name(metric).removeprefix("answer length, ") for metric in metrics]
+    names = [SHORT.get(metric, metric_name(metric)) for metric in metrics]
     return Grid(f"{count} test rows, by round", ["round", "condition", *names], rows)
 
 
