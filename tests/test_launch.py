@@ -46,6 +46,8 @@ RUNS: dict[str, tuple[str, ...]] = {
     "fsdp_resumed": (*FULL, *UNEVEN),
     "ddp_killed": (*LORA, "launch.timeout_s=60"),
 }
+SYSTEM = "Answer in verse, or not at all. " * 4
+"""Long enough to be read once."""
 TIED = ("fsdp_full", "ddp_full")
 """Runs whose model has one matrix for embeddings and head."""
 
@@ -62,7 +64,8 @@ class Ends:
     def run(self, name: str, processes: int) -> Run:
         more = RUNS[name]
         overrides = (f"name={name}", *more)
-        return make_run(self.folder / str(processes), self.models[name in TIED], *overrides)
+        folder, model = self.folder / str(processes), self.models[name in TIED]
+        return make_run(folder, model, *overrides, system=SYSTEM)
 
     def folder_of(self, name: str, processes: int) -> RunFolder:
         return RunFolder(self.folder / str(processes) / "runs" / name)

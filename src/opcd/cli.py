@@ -110,15 +110,15 @@ def train(
     measure: Annotated[bool, typer.Option("--evaluate", help="Then as opcd evaluate.")] = False,
 ) -> None:
     """Bake the context in: train, validate, keep the best weights."""
+    if measure and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise ConfigError(
+            "--evaluate measures in one process; leave it out, and run opcd evaluate afterwards"
+        )
     from opcd.config import load_config
 
     run = load_config(config, overrides or [])
     from opcd.training import train as start
 
-    if measure and int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        raise ConfigError(
-            "--evaluate measures in one process; leave it out, and run opcd evaluate afterwards"
-        )
     outcome = start(run, resume=resume, overwrite=overwrite)
     console.quiet = not outcome.parts.accelerator.is_main_process
     outcome.parts.accelerator.end_training()

@@ -203,7 +203,7 @@ def answer_as_teacher(parts: Parts, step: int) -> list[Answered]:
         sampling = Sampling(config.rollout.temperature, config.rollout.top_p, str(config.seed))
         engines = [parts.teacher_engine, parts.engine]
         which = {"task": 0} if engines[0] is not engines[1] else {}
-        # Anchors apart: all other prompts begin with the context, which is then read once.
+        # Anchors apart: all other prompts begin with a context, behind which they are short.
         groups: dict[tuple[int, bool], list[tuple[int, PromptPair]]] = {
             (engine, of_anchors): [] for engine in (0, 1) for of_anchors in (False, True)
         }

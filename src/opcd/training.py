@@ -185,14 +185,14 @@ def spread(parts: Parts) -> None:
         parts.distiller = summed(parts.accelerator, parts.distiller)
         return
     check_shardable(parts.config)
-    own = parts.distiller
+    own, teachers = parts.distiller, {id(t): t for t in (parts.teacher, parts.base)}.values()
+    for teacher in teachers:
+        teacher.go_inside(own.run if teacher.model is parts.student else lambda work: work())
     sharding.shard(own, parts.accelerator.autocast)
-    for teacher in {id(t): t for t in (parts.teacher, parts.base)}.values():
-        if teacher.model is parts.student:
-            teacher.inside = own.run
-            if teacher.shadow:
-                teacher.shadow.start()
-        elif not in_shards(teacher.model):
+    for teacher in teachers:
+        if teacher.shadow:
+            teacher.shadow.start()
+        elif teacher.model is not parts.student:
             sharding.shard_frozen(teacher.model)
     # The states that came with an answer would be there for some rows and not for others.
     parts.keeps_hidden = False
