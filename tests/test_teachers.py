@@ -1,6 +1,6 @@
 """`opcd.teachers`: which weights a teacher has, and when they move."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -330,3 +330,27 @@ def test_a_prefix_that_is_not_exact_is_not_used(monkeypatch: pytest.MonkeyPatch)
 def test_a_remote_teacher_is_refused_with_a_way_out() -> None:
     with pytest.raises(ConfigError, match=r"teacher.type = 'remote'.*\"adapter_off\" or"):
         teacher_of(training.Remote(url="http://localhost:8000"), tiny_llama())
+
+
+def test_weights_that_will_be_cut_have_read_their_openings_before() -> None:
+    """From then on a batch is read in one pass: behind openings all known, or in full."""
+    pairs = [pair_of(f"{i}", 5, 90 + i, seed=i, shared=80) for i in range(3)]
+    apart = pair_of("other", 5, 90, seed=9)
+    plain, inside = (teacher_of(training.Frozen(), None, tiny_llama()) for _ in range(2))
+    openings = Openings([pair.teacher_ids for pair in pairs])
+    assert len(openings.known) == 1
+    assert inside.share(openings, pairs[0].teacher_ids) is None
+    passes: list[int] = []
+
+    def counted(work: Callable[[], Tensor]) -> Tensor:
+        passes.append(inside.prefixes.reads)
+        return work()
+
+    inside.prefixes.clear()
+    inside.go_inside(counted)
+    reads = inside.prefixes.reads
+    for rows in (pairs, [*pairs, apart]):
+        batch = collate(rows, [rollout_of(pair.task_id, 4, seed=3) for pair in rows])
+        found, wanted = inside.hidden(batch.teacher), plain.hidden(batch.teacher)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert passes == [reads] * 2 and inside.prefixes.reads == reads, "nothing is read any more"

@@ -6,7 +6,7 @@ Drives `opcd.distill`: validates, keeps the best weights, writes checkpoints, st
 import math
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -186,8 +186,13 @@ def spread(parts: Parts) -> None:
         return
     check_shardable(parts.config)
     own, teachers = parts.distiller, {id(t): t for t in (parts.teacher, parts.base)}.values()
+
+    def in_student(work: Callable[[], Tensor]) -> Tensor:
+        # Looked up when it is called: cutting the student gives it another `run`.
+        return own.run(work)
+
     for teacher in teachers:
-        teacher.go_inside(own.run if teacher.model is parts.student else lambda work: work())
+        teacher.go_inside(in_student if teacher.model is parts.student else lambda work: work())
     sharding.shard(own, parts.accelerator.autocast)
     for teacher in teachers:
         if teacher.shadow:
