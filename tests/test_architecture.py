@@ -32,6 +32,7 @@ FLOORS = (
         "instructions",
         "near_duplicates",
         "screening",
+        "servers",
     ),
     ("divergence", "batching", "chunking"),
     (
@@ -40,6 +41,7 @@ FLOORS = (
         "models",
         "prefix_cache",
         "teachers",
+        "remote",
         "rollouts",
         "rollouts.*",
         "envs",
@@ -48,6 +50,7 @@ FLOORS = (
     ("runs", "checkpoint", "tracking", "tally", "traces"),
     (
         "items",
+        "serving",
         "assembly",
         "experience",
         "solving",

@@ -13,7 +13,6 @@ from opcd.adapters import trainable, tune
 from opcd.batching import collate
 from opcd.config import training
 from opcd.config.training import Full, Lora
-from opcd.errors import ConfigError
 from opcd.models import hidden_states, output_head
 from opcd.teachers import LocalTeacher, Shadow, build_teacher
 from tiny import SHAPE, build, nudge, pair_of, random_ids, rollout_of
@@ -211,8 +210,3 @@ def test_a_prefix_that_is_not_exact_is_not_used(monkeypatch: pytest.MonkeyPatch)
     reason = teacher.share_prefix(random_ids(PREFIX, 1), random_ids(5, 2))
     assert reason is not None and "nats away from reading it every time" in reason
     assert teacher.prefix_tokens == 0
-
-
-def test_a_remote_teacher_is_refused_with_a_way_out() -> None:
-    with pytest.raises(ConfigError, match=r"teacher.type = 'remote'.*\"adapter_off\" or"):
-        teacher_of(training.Remote(url="http://localhost:8000"), tiny_llama())

@@ -16,9 +16,12 @@ from opcd.config import Run, check_files, training
 from opcd.errors import ConfigError
 from opcd.graders import Grader, build_grader
 from opcd.items import Item, check_last_turn, pairs_of, render_splits
+from opcd.remote import RemoteTeacher
 from opcd.rendering import Renderer, common_prefix
 from opcd.rollouts.engine import RolloutEngine
 from opcd.rollouts.hf import MIN_PREFIX_TOKENS, HFEngine
+from opcd.servers import Server
+from opcd.serving import engine_on_servers, on_main, teacher_on_servers
 from opcd.teachers import LocalTeacher, build_teacher
 from opcd.types import Answered, Context, PromptPair, Task
 
@@ -44,7 +47,7 @@ class Parts:
     grader: Grader | None
     student: Any
     distiller: models.Distiller
-    teacher: LocalTeacher
+    teacher: LocalTeacher | RemoteTeacher
     base: LocalTeacher
     """The student before training: the anchors' teacher."""
     engine: RolloutEngine
@@ -52,6 +55,8 @@ class Parts:
     """Answers as the teacher, under `base`; the same one, if the base model is the teacher."""
     notes: list[str] = field(default_factory=list)
     """What a user should know before the run: dropped rows, a cache that cannot be used."""
+    servers: Sequence[Server] = ()
+    """Those that the run asks, for the troubles they give."""
 
     ahead: dict[int, list[Answered]] = field(default_factory=dict)
     """The teacher's answers to tasks of steps to come."""
@@ -100,13 +105,27 @@ def assemble(config: Run) -> Parts:
     notes = [*warnings(config), *notes]
     student = adapters.tune(student, config.model.tuning, config.seed)
     teacher, base = _build_teachers(config, accelerator, dtype, student, tokenizer)
+    if isinstance(config.teacher, training.Remote):
+        config, teacher, more = teacher_on_servers(config, student, tokenizer, items)
+        notes += more
     # What a coach will have written in front of a prompt is not known yet.
-    notes += _share_prefix(teacher, items) if config.context.type != "coach" else []
+    elif config.context.type != "coach":
+        notes += _share_prefix(teacher, items)
     reads_again = _why_read_again(config, student, dtype)
     notes += [reads_again] if reads_again else []
     settings = dtype, end_ids(student, tokenizer), config.rollout.batch_rows
-    engine = HFEngine(student, base.model, *settings)
-    same = teacher.model is base.model
+    engine: RolloutEngine = HFEngine(student, base.model, *settings)
+    teacher_engine = engine
+    if isinstance(teacher, LocalTeacher) and teacher.model is not base.model:
+        teacher_engine = HFEngine(teacher.model, teacher.model, *settings)
+    servers = list(teacher.servers) if isinstance(teacher, RemoteTeacher) else []
+    if config.rollout.type == "vllm":
+        once = on_main(accelerator)
+        met, more = engine_on_servers(config, student, base, tokenizer, items, settings[1], once)
+        servers += met.servers
+        notes += more
+        teacher_engine = met if teacher_engine is engine else teacher_engine
+        engine = met
     train_anchors, test_anchors = load_anchors(config.anchor.path)
     return Parts(
         config=config,
@@ -122,8 +141,9 @@ def assemble(config: Run) -> Parts:
         teacher=teacher,
         base=base,
         engine=engine,
-        teacher_engine=engine if same else HFEngine(teacher.model, teacher.model, *settings),
+        teacher_engine=teacher_engine,
         notes=notes,
+        servers=servers,
         keeps_hidden=not reads_again,
     )
 
@@ -177,7 +197,10 @@ def end_ids(student: Any, tokenizer: Any) -> frozenset[int]:
 def _build_teachers(
     config: Run, accelerator: Accelerator, dtype: torch.dtype, student: Any, tokenizer: Any
 ) -> tuple[LocalTeacher, LocalTeacher]:
-    """The tasks' teacher and the base model, one object where they are the same."""
+    """The tasks' teacher and the base model, one object where they are the same.
+
+    In the place of a teacher on a server stands the base model.
+    """
     autocast: Any = accelerator.autocast
 
     def frozen(path: str | None) -> Any:
@@ -194,8 +217,10 @@ def _build_teachers(
 
     lora = config.model.tuning.type == "lora"
     base = training.AdapterOff() if lora else training.Frozen()
-    teacher = build(config.teacher)
-    return teacher, teacher if config.teacher == base else build(base)
+    if isinstance(config.teacher, training.Remote) or config.teacher == base:
+        both = build(base)
+        return both, both
+    return build(config.teacher), build(base)
 
 
 def _share_prefix(teacher: LocalTeacher, items: Mapping[str, Sequence[Item]]) -> list[str]:

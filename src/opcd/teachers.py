@@ -5,6 +5,7 @@
     ema           a running mean of the student
     refresh       a snapshot of the student, renewed every so many steps
     live          the student itself
+    remote        a model on a server, which `remote` speaks to
 
 Only the first two stand still, so only they can read a shared context once.
 """
@@ -18,11 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from opcd.adapters import adapter_off, trainable
-from opcd.batching import Side
-from opcd.chunking import Head
+from opcd.batching import Batch, Side
+from opcd.chunking import Head, Hidden, TeacherScore
 from opcd.config import training
 from opcd.divergence import divergence
-from opcd.errors import ConfigError
 from opcd.models import compute_dtype, hidden_states, output_head, why_no_prefix
 from opcd.prefix_cache import SharedPrefix, forward_after_prefix, read_prefix
 
@@ -31,9 +31,8 @@ MAX_PREFIX_KL_NATS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
 class Teacher(Protocol):
-    """What the distillation step asks of a teacher."""
+    """What the distillation step asks of a teacher, here or on a server."""
 
-    head: Head
     moves: bool
 
     @property
@@ -41,11 +40,8 @@ class Teacher(Protocol):
         """Tokens at the head of every prompt that it has read already."""
         ...
 
-    def hidden(self, side: Side) -> Tensor:
-        """`hidden_TD` at the response positions, without gradient.
-
-        A side is cut by `prefix_tokens`, or by nothing.
-        """
+    def score(self, batch: Batch) -> TeacherScore:
+        """What it says of the response tokens; the batch is cut by `prefix_tokens`, or not."""
         ...
 
     def after_step(self, step: int) -> None:
@@ -121,6 +117,10 @@ class LocalTeacher:
     def prefix_tokens(self) -> int:
         """Tokens at the head of every prompt that it has read already."""
         return self.prefix.tokens if self.prefix else 0
+
+    def score(self, batch: Batch) -> TeacherScore:
+        """What it says of the response tokens, its head not yet applied."""
+        return Hidden(self.hidden(batch.teacher), self.head)
 
     @torch.no_grad()
     def hidden(self, side: Side) -> Tensor:
@@ -206,9 +206,6 @@ def build_teacher(
         student: the model in training.
         frozen: the other model, for `frozen`.
         autocast: the precision in which teachers run.
-
-    Raises:
-        ConfigError: the table describes a server, which this version does not speak to.
     """
     match config:
         case training.AdapterOff():
@@ -222,10 +219,7 @@ def build_teacher(
         case training.Refresh(every_steps=every):
             shadow = Shadow(student, lambda step, copy, live: _renew(step, every, copy, live))
         case training.Remote():
-            raise ConfigError(
-                "teacher.type = 'remote': this version trains with local teachers only; write "
-                'teacher.type = "adapter_off" or "frozen"'
-            )
+            raise AssertionError("a teacher on a server is no model here: see opcd.remote")
     return LocalTeacher(student, shadow.in_place, autocast, moves=True, shadow=shadow)
 
 

@@ -21,7 +21,7 @@ from opcd.assembly import Parts, assemble
 from opcd.checking import check_context
 from opcd.config import Run, differences
 from opcd.distill import StepReport, Trainer, distill
-from opcd.errors import CheckpointError, ConfigError, RunFolderError
+from opcd.errors import CheckpointError, ConfigError, RolloutError, RunFolderError, ServerError
 from opcd.evaluation import validate
 from opcd.runs import RunFolder, check_free, create_run, open_run, rewind_jsonl, write_json
 from opcd.tracking import Tracker
@@ -96,18 +96,55 @@ def train(config: Run, resume: bool = False, overwrite: bool = False) -> Outcome
     ):
         for note in parts.notes:
             tracker.say(note)
+        best = take_steps(parts, trainer, best, folder, tracker, interruption)
+    early = trainer.step < config.steps
+    stopped_by = interruption.signals[0] if interruption.signals and early else None
+    return Outcome(folder, trainer.step, best, stopped_by, parts)
+
+
+def take_steps(
+    parts: Parts,
+    trainer: Trainer,
+    best: dict[str, Any],
+    folder: RunFolder,
+    tracker: Tracker,
+    interruption: Interruption,
+) -> dict[str, Any]:
+    """Train until all steps are done, or somebody asks to stop; returns the best so far.
+
+    Raises:
+        RolloutError: responses cannot be trained on; the steps before are saved.
+        ServerError: a server cannot be used any longer; the steps before are saved.
+    """
+    config, random = parts.config, checkpoint.random_state()
+    try:
+        if trainer.owes_validation:
+            best = choose_best(parts, trainer, best, folder, tracker)
+            write_checkpoint(parts, trainer, best, folder)
         for report in distill(parts, trainer):
-            tracker.step(report.metrics, sample_rollouts(parts, report))
-            stop = bool(interruption.signals)
+            show(parts, report, tracker)
+            random, stop = checkpoint.random_state(), bool(interruption.signals)
             if due(trainer.step, config.evaluation.every_steps, config.steps):
-                best = choose_best(parts, trainer.step, best, folder, tracker)
+                best = choose_best(parts, trainer, best, folder, tracker)
             if stop or due(trainer.step, config.checkpoint.every_steps, config.steps):
                 write_checkpoint(parts, trainer, best, folder)
             if stop:
                 break
-    early = trainer.step < config.steps
-    stopped_by = interruption.signals[0] if interruption.signals and early else None
-    return Outcome(folder, trainer.step, best, stopped_by, parts)
+    except (RolloutError, ServerError) as error:
+        # Of several processes, all have to write; only a RolloutError comes to all of them.
+        if isinstance(error, RolloutError) or parts.accelerator.num_processes == 1:
+            checkpoint.restore_random(random)
+            write_checkpoint(parts, trainer, best, folder)
+            tracker.say(f"stopped after step {trainer.step}, which is saved")
+        raise
+    return best
+
+
+def show(parts: Parts, report: StepReport, tracker: Tracker) -> None:
+    """Write down what a step did, and what trouble it had."""
+    tracker.step(report.metrics, sample_rollouts(parts, report))
+    for trouble in report.troubles:
+        tracker.say(f"step {report.metrics['step'] + 1}: {trouble}")
 
 
 @contextmanager
@@ -149,16 +186,19 @@ def prepare(parts: Parts) -> Trainer:
 
 
 def choose_best(
-    parts: Parts, done: int, best: dict[str, Any], folder: RunFolder, tracker: Tracker
+    parts: Parts, trainer: Trainer, best: dict[str, Any], folder: RunFolder, tracker: Tracker
 ) -> dict[str, Any]:
     """Validate, and keep these weights if they are the best so far.
 
     Without a validation split, the last step is kept, and said to be no choice.
     """
+    done = trainer.step
     if "validation" not in parts.items:
         found: dict[str, Any] = {"step": done, "chosen_by": "last step, no validation split"}
     else:
+        trainer.owes_validation = True
         metrics = validate(parts, done - 1)
+        trainer.owes_validation = False
         tracker.validated(metrics)
         name = "kl_nats_per_token"
         if parts.config.is_graded:
@@ -213,6 +253,7 @@ def write_checkpoint(
             "optimizer_groups": groups,
             "scheduler": trainer.scheduler.state_dict(),
             "skipped_steps": trainer.skipped_steps,
+            "owes_validation": trainer.owes_validation,
             "best": best,
         },
     )
@@ -241,6 +282,7 @@ def restore(parts: Parts, trainer: Trainer, folder: RunFolder) -> dict[str, Any]
     parts.teacher.load_state(dict(snapshot.tensors["teacher"]))
     checkpoint.restore_random(snapshot.tensors["random"])
     trainer.step, trainer.skipped_steps = snapshot.step, snapshot.facts["skipped_steps"]
+    trainer.owes_validation = snapshot.facts.get("owes_validation", False)
     for path in (folder.metrics, folder.rollouts, folder.validation):
         rewind_jsonl(path, snapshot.step)
     return dict(snapshot.facts["best"])

@@ -1,0 +1,114 @@
+"""What of a run is on servers: its engine, its teacher; met and checked before the first step."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from opcd import weights
+from opcd.config import Run
+from opcd.config.rollouts import VllmRollout
+from opcd.config.training import Remote, Sampled
+from opcd.errors import ServerError
+from opcd.items import Item, pairs_of
+from opcd.remote import RemoteTeacher, meet_teacher
+from opcd.rollouts.meeting import check_publishing, check_weights, find_servers, probe_of
+from opcd.rollouts.publishing import AdapterPublisher, Once, Shelf, WeightPublisher
+from opcd.rollouts.vllm import VllmEngine
+from opcd.teachers import LocalTeacher
+
+Items = Mapping[str, Sequence[Item]]
+
+
+def engine_on_servers(
+    config: Run,
+    student: Any,
+    base: LocalTeacher,
+    tokenizer: Any,
+    items: Items,
+    end_ids: frozenset[int],
+    once: Once,
+) -> tuple[VllmEngine, list[str]]:
+    """The engine of `rollout.type = "vllm"`, its servers checked and given the student.
+
+    Raises:
+        InputError: a server cannot be used as it is.
+        ServerError: a server is gone, or talks nonsense.
+    """
+    rollout = config.rollout
+    assert isinstance(rollout, VllmRollout), "asked for by the run"
+    longest, new_tokens = longest_prompt(items), longest_response(config)
+    servers, name = find_servers(rollout, tokenizer, longest, new_tokens)
+    shelf = Shelf(rollout.weights_folder)
+    if config.model.tuning.type == "lora":
+        publisher = AdapterPublisher(servers, name, student, shelf, once)
+    else:
+        base_path = weights.locate(config.model.path)
+        publisher = WeightPublisher(servers, name, student, base_path, shelf, once)
+    vocabulary = student.get_output_embeddings().weight.shape[0]
+    engine = VllmEngine(rollout, servers, publisher, end_ids, vocabulary)
+    if config.model.tuning.type == "full":
+        # They may still have what an earlier run left.
+        check_publishing(publisher, "base")
+    nats = check_weights(rollout, engine, name, base, probe_of(longest))
+    check_publishing(publisher, "student")
+    urls = ", ".join(server.url for server in servers)
+    note = (
+        f"responses come from {name!r} on {urls}, whose log-probabilities are {nats:.3f} nats from "
+        f"the trainer's (allowed: {rollout.max_logprob_difference_nats})"
+    )
+    return engine, [note]
+
+
+def teacher_on_servers(
+    config: Run, student: Any, tokenizer: Any, items: Items
+) -> tuple[Run, RemoteTeacher, list[str]]:
+    """The teacher of `teacher.type = "remote"`, and the run with what it can be asked for.
+
+    Raises:
+        InputError: a server cannot be used as it is.
+        ServerError: a server is gone, or talks nonsense.
+    """
+    assert isinstance(config.teacher, Remote), "asked for by the run"
+    longest = longest_prompt(items)
+    # A teacher scores the response as a part of its prompt.
+    room = [*longest, *([0] * longest_response(config))]
+    vocabulary = student.get_output_embeddings().weight.shape[0]
+    teacher, notes = meet_teacher(config.teacher, config.loss, tokenizer, vocabulary, room)
+    if teacher.level == "sampled" and config.loss.support.type != "sampled":
+        notes.append("so loss.support is sampled: the score-function estimate of the reverse KL")
+        loss = config.loss.model_copy(update={"support": Sampled()})
+        config = config.model_copy(update={"loss": loss})
+    return config, teacher, notes
+
+
+def longest_prompt(items: Items) -> tuple[int, ...]:
+    """The longest of the run's prompts, with or without the context."""
+    pairs = pairs_of(items)
+    return max((ids for p in pairs for ids in (p.student_ids, p.teacher_ids)), key=len)
+
+
+def longest_response(config: Run) -> int:
+    """How many tokens a response of the run may have."""
+    return max(config.rollout.max_new_tokens, config.anchor.max_new_tokens)
+
+
+def on_main(accelerator: Accelerator) -> Once:
+    """What one process does for all: the main one acts, the others get its result or its error."""
+
+    def once(act: Callable[[], str]) -> str:
+        if accelerator.num_processes == 1:
+            return act()
+        found: list[Any] = ["", None]
+        if accelerator.is_main_process:
+            try:
+                found[0] = act()
+            except ServerError as error:
+                found[1] = str(error)
+        broadcast_object_list(found)
+        if found[1] is not None:
+            raise ServerError(found[1])
+        return found[0]
+
+    return once
