@@ -113,19 +113,13 @@ def assemble(config: Run) -> Parts:
         notes += _share_prefix(teacher, items)
     reads_again = _why_read_again(config, student, dtype)
     notes += [reads_again] if reads_again else []
-    settings = dtype, end_ids(student, tokenizer), config.rollout.batch_rows
-    engine: RolloutEngine = HFEngine(student, base.model, *settings)
-    teacher_engine = engine
-    if isinstance(teacher, LocalTeacher) and teacher.model is not base.model:
-        teacher_engine = HFEngine(teacher.model, teacher.model, *settings)
+    ends = end_ids(student, tokenizer)
+    engine: RolloutEngine = HFEngine(student, base.model, dtype, ends, config.rollout.batch_rows)
     servers = list(teacher.servers) if isinstance(teacher, RemoteTeacher) else []
     if config.rollout.type == "vllm":
         once = on_main(accelerator)
-        met, more = engine_on_servers(config, student, base, tokenizer, items, settings[1], once)
-        servers += met.servers
-        notes += more
-        teacher_engine = met if teacher_engine is engine else teacher_engine
-        engine = met
+        engine, more = engine_on_servers(config, student, base, tokenizer, items, ends, once)
+        notes, servers = [*notes, *more], [*servers, *engine.servers]
     train_anchors, test_anchors = load_anchors(config.anchor.path)
     return Parts(
         config=config,
@@ -141,7 +135,7 @@ def assemble(config: Run) -> Parts:
         teacher=teacher,
         base=base,
         engine=engine,
-        teacher_engine=teacher_engine,
+        teacher_engine=_engine_of_teacher(config, teacher, base, engine, dtype, ends),
         notes=notes,
         servers=servers,
         keeps_hidden=not reads_again,
@@ -221,6 +215,20 @@ def _build_teachers(
         both = build(base)
         return both, both
     return build(config.teacher), build(base)
+
+
+def _engine_of_teacher(
+    config: Run,
+    teacher: LocalTeacher | RemoteTeacher,
+    base: LocalTeacher,
+    engine: RolloutEngine,
+    dtype: torch.dtype,
+    ends: frozenset[int],
+) -> RolloutEngine:
+    """Who answers as the teacher: its own model, where that is here and not the base."""
+    if isinstance(teacher, RemoteTeacher) or teacher.model is base.model:
+        return engine
+    return HFEngine(teacher.model, teacher.model, dtype, ends, config.rollout.batch_rows)
 
 
 def _share_prefix(teacher: LocalTeacher, items: Mapping[str, Sequence[Item]]) -> list[str]:

@@ -39,8 +39,8 @@ class VllmRollout(Responses, Servers):
     machines, a folder that they share. Default: the system's folder for temporary files."""
     max_logprob_difference_nats: Positive = 0.2
     """Stop the run where the servers' log-probabilities of a step's sampled tokens are on average
-    further than this from the trainer's: they answer with other weights. In bfloat16 the same weights
-    are 0.05 apart (docs/vllm.md)."""
+    further than this from the trainer's: they answer with other weights. The same weights in
+    bfloat16 are 0.05 apart (docs/vllm.md)."""
 
 
 RolloutConfig = Annotated[Rollout | VllmRollout, Field(discriminator="type")]
