@@ -10,7 +10,9 @@ import torch
 
 from opcd.config import Run
 from opcd.errors import ConfigError, ModelError, RolloutError, ServerError
-from opcd.training import train
+from opcd.programs import open_baked
+from opcd.responses import ask
+from opcd.training import check_resumable, train
 from tiny import make_run
 from vllm_fake import FakeVllm, failing, serving
 from worlds import tiny_llama, tokenizer
@@ -156,6 +158,21 @@ def test_a_server_that_does_not_fit_is_refused_before_anything_is_written(
         train(run)
     assert caught.value.exit_code == 2
     assert not run.out.exists()
+
+
+def test_a_finished_run_is_asked_and_resumed_without_its_old_servers(
+    tmp_path: Path, tiny_model_path: Path, fake: FakeVllm
+) -> None:
+    run = served(tmp_path, tiny_model_path, fake, "steps=2")
+    train(run)
+    other = run.rollout.model_copy(update={"servers": ("http://127.0.0.1:9",)})
+    moved = run.model_copy(update={"rollout": other})
+    assert check_resumable(moved).path == run.out / run.name
+    asked = len(fake.asked)
+    _, parts, step = open_baked(run.out / run.name)
+    pairs = [item.pair for item in parts.items["test"]]
+    assert (step, len(ask(parts, pairs, "baked"))) == (2, len(pairs))
+    assert len(fake.asked) == asked
 
 
 def test_a_fallback_to_the_sampled_token_changes_the_loss(

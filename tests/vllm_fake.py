@@ -48,8 +48,8 @@ class FakeVllm:
     adapters: dict[str, Any] = field(default_factory=dict)
     weight_version: str = "default"
     asked: list[tuple[str, Any]] = field(default_factory=list)
-    faults: dict[str, list[Fault]] = field(default_factory=dict)
-    """By path: what happens to the next requests of it, one after the other."""
+    faults: dict[str, list[Any]] = field(default_factory=dict)
+    """By path: each `Fault` happens to one of the next requests of it."""
     url: str = ""
     spoil: Callable[[Any], Any] = lambda reply: reply
     """Changes every answer to `/v1/completions`."""

@@ -8,8 +8,8 @@ from accelerate.utils import broadcast_object_list
 
 from opcd import weights
 from opcd.config import Run
-from opcd.config.rollouts import VllmRollout
-from opcd.config.training import Remote, Sampled
+from opcd.config.rollouts import Responses, Rollout, VllmRollout
+from opcd.config.training import AdapterOff, Frozen, Remote, Sampled
 from opcd.errors import ServerError
 from opcd.items import Item, pairs_of
 from opcd.remote import RemoteTeacher, meet_teacher
@@ -81,6 +81,21 @@ def teacher_on_servers(
         loss = config.loss.model_copy(update={"support": Sampled()})
         config = config.model_copy(update={"loss": loss})
     return config, teacher, notes
+
+
+def answered_here(config: Run, scored: bool) -> Run:
+    """A finished run without the servers that trained it: this process answers.
+
+    Args:
+        config: the run.
+        scored: whether its teacher will be asked; if not, it need not be there.
+    """
+    shared = {name: getattr(config.rollout, name) for name in Responses.model_fields}
+    changes: dict[str, Any] = {"rollout": Rollout(**shared)}
+    if isinstance(config.teacher, Remote) and not scored:
+        is_lora = config.model.tuning.type == "lora"
+        changes["teacher"] = AdapterOff() if is_lora else Frozen()
+    return config.model_copy(update=changes)
 
 
 def longest_prompt(items: Items) -> tuple[int, ...]:

@@ -27,7 +27,11 @@ from opcd.runs import RunFolder, check_free, create_run, open_run, rewind_jsonl,
 from opcd.tracking import Tracker
 from opcd.types import Answered
 
-FREE_TO_CHANGE = ("checkpoint.", "tracking.", "out")
+OF_SERVERS = ("servers", "key_env", "timeout_s", "retries", "parallel", "weights_folder")
+FREE_TO_CHANGE = (
+    *("checkpoint.", "tracking.", "out"),
+    *(f"{table}.{key}" for table in ("rollout", "teacher") for key in OF_SERVERS),
+)
 """Keys that a resumed run may have other values for, since no result depends on them."""
 
 
