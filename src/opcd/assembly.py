@@ -15,11 +15,14 @@ from opcd.checking import check_select_by, warnings
 from opcd.config import Run, check_files, training
 from opcd.errors import ConfigError
 from opcd.graders import Grader, build_grader
-from opcd.items import Item, check_last_turn, pairs_of, render_splits
+from opcd.items import Item, check_last_turn, pairs_of, render_splits, weights_of
+from opcd.openings import MIN_PREFIX_TOKENS, Openings
+from opcd.prefix_cache import token_bytes
 from opcd.remote import RemoteTeacher
-from opcd.rendering import Renderer, common_prefix
+from opcd.rendering import Renderer
 from opcd.rollouts.engine import RolloutEngine
-from opcd.rollouts.hf import MIN_PREFIX_TOKENS, HFEngine
+from opcd.rollouts.hf import HFEngine
+from opcd.rollouts.vllm import VllmEngine
 from opcd.servers import Server
 from opcd.serving import engine_on_servers, on_main, teacher_on_servers
 from opcd.teachers import LocalTeacher, build_teacher
@@ -55,8 +58,6 @@ class Parts:
     """Answers as the teacher, under `base`; the same one, if the base model is the teacher."""
     notes: list[str] = field(default_factory=list)
     """What a user should know before the run: dropped rows, a cache that cannot be used."""
-    servers: Sequence[Server] = ()
-    """Those that the run asks, for the troubles they give."""
 
     ahead: dict[int, list[Answered]] = field(default_factory=dict)
     """The teacher's answers to tasks of steps to come."""
@@ -71,6 +72,12 @@ class Parts:
     def own_share(self) -> slice:
         """Which of a step's rows are this process's."""
         return slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+
+    @property
+    def servers(self) -> list[Server]:
+        """Those that the run asks, if any."""
+        far = [p for p in (self.teacher, self.engine) if isinstance(p, RemoteTeacher | VllmEngine)]
+        return [server for part in far for server in part.servers]
 
     def render_anchors(self, tasks: Sequence[Task]) -> list[PromptPair]:
         """Anchor prompts, the same for both sides."""
@@ -110,34 +117,36 @@ def assemble(config: Run) -> Parts:
         notes += more
     # What a coach will have written in front of a prompt is not known yet.
     elif config.context.type != "coach":
-        notes += _share_prefix(teacher, items)
+        notes += _share_openings(teacher, items)
     reads_again = _why_read_again(config, student, dtype)
     notes += [reads_again] if reads_again else []
-    ends = end_ids(student, tokenizer)
-    engine: RolloutEngine = HFEngine(student, base.model, dtype, ends, config.rollout.batch_rows)
-    servers = list(teacher.servers) if isinstance(teacher, RemoteTeacher) else []
+    settings = dtype, end_ids(student, tokenizer), config.rollout.batch_rows
+    engine: RolloutEngine = HFEngine(student, base.model, *settings, base.prefixes)
+    of_teacher = engine
+    if isinstance(teacher, LocalTeacher) and teacher.model is not base.model:
+        of_teacher = HFEngine(teacher.model, teacher.model, *settings, teacher.prefixes)
     if config.rollout.type == "vllm":
-        once = on_main(accelerator)
-        engine, more = engine_on_servers(config, student, base, tokenizer, items, ends, once)
-        notes, servers = [*notes, *more], [*servers, *engine.servers]
-    train_anchors, test_anchors = load_anchors(config.anchor.path)
+        told = config, student, base, tokenizer, items, settings[1], on_main(accelerator)
+        served, more = engine_on_servers(*told)
+        notes += more
+        engine, of_teacher = served, served if of_teacher is engine else of_teacher
+    trained, kept = load_anchors(config.anchor.path)
     return Parts(
         config=config,
         accelerator=accelerator,
         dtype=dtype,
         renderer=renderer,
         items=items,
-        anchors=train_anchors,
-        kept=test_anchors,
+        anchors=trained,
+        kept=kept,
         grader=grader,
         student=student,
         distiller=models.Distiller(student),
         teacher=teacher,
         base=base,
         engine=engine,
-        teacher_engine=_engine_of_teacher(config, teacher, base, engine, dtype, ends),
+        teacher_engine=of_teacher,
         notes=notes,
-        servers=servers,
         keeps_hidden=not reads_again,
     )
 
@@ -207,7 +216,8 @@ def _build_teachers(
 
     def build(teacher: Any) -> LocalTeacher:
         other = frozen(teacher.path) if isinstance(teacher, training.Frozen) else None
-        return build_teacher(teacher, student, other, autocast)
+        most_bytes = round(config.batch.prefix_gib * 2**30)
+        return build_teacher(teacher, student, other, autocast, most_bytes)
 
     lora = config.model.tuning.type == "lora"
     base = training.AdapterOff() if lora else training.Frozen()
@@ -217,29 +227,40 @@ def _build_teachers(
     return build(config.teacher), build(base)
 
 
-def _engine_of_teacher(
-    config: Run,
-    teacher: LocalTeacher | RemoteTeacher,
-    base: LocalTeacher,
-    engine: RolloutEngine,
-    dtype: torch.dtype,
-    ends: frozenset[int],
-) -> RolloutEngine:
-    """Who answers as the teacher: its own model, where that is here and not the base."""
-    if isinstance(teacher, RemoteTeacher) or teacher.model is base.model:
-        return engine
-    return HFEngine(teacher.model, teacher.model, dtype, ends, config.rollout.batch_rows)
-
-
-def _share_prefix(teacher: LocalTeacher, items: Mapping[str, Sequence[Item]]) -> list[str]:
-    """Let the teacher read the common context once; a note says so, or why it does not."""
-    prompts = [pair.teacher_ids for pair in pairs_of(items)]
-    shared = common_prefix(prompts)
-    if shared < MIN_PREFIX_TOKENS:
-        return []
-    if reason := teacher.share_prefix(prompts[0][:shared], prompts[0][shared:]):
-        return [f"the shared context of {shared} tokens is read with every prompt: {reason}"]
-    return [f"the shared context of {shared} tokens is read once"]
+def _share_openings(teacher: LocalTeacher, items: Mapping[str, Sequence[Item]]) -> list[str]:
+    """Let the teacher read each shared context once; notes say so, or why it does not."""
+    pairs = pairs_of(items)
+    prompts = [pair.teacher_ids for pair in pairs]
+    openings = Openings(prompts, weights_of(items))
+    if not openings.known:
+        added = sum(len(pair.teacher_ids) - len(pair.student_ids) for pair in pairs) / len(pairs)
+        if added < MIN_PREFIX_TOKENS:
+            return []
+        return [f"no two of {len(prompts)} prompts share their context, so each is read in full"]
+    lengths = sorted({len(ids) for ids in openings.known})
+    tokens = " to ".join(f"{count:,}" for count in dict.fromkeys((lengths[0], lengths[-1])))
+    count = len(openings.known)
+    what = (
+        f"the shared context of {tokens} tokens is"
+        if count == 1
+        else f"{count} shared contexts of {tokens} tokens are"
+    )
+    probe = next(ids for ids in prompts if openings.of(ids) == lengths[-1])
+    if reason := teacher.share(openings, probe):
+        return [f"{what} read with every prompt: {reason}"]
+    notes = [f"{what} read once" + (" each" if count > 1 else "")]
+    if openings.without:
+        notes.append(
+            f"{openings.without} of {len(prompts)} prompts looked at share no context of "
+            "theirs with others and are read in full"
+        )
+    held_bytes = openings.tokens * token_bytes(teacher.model)
+    if held_bytes > teacher.prefix_bytes:
+        notes.append(
+            f"their keys and values take {held_bytes / 2**30:.3g} GiB, more than batch.prefix_gib "
+            f"= {teacher.prefix_bytes / 2**30:.3g}: those used least recently are read again"
+        )
+    return notes
 
 
 def _why_read_again(config: Run, student: Any, dtype: torch.dtype) -> str | None:

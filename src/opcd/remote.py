@@ -14,7 +14,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy
@@ -27,6 +27,7 @@ from opcd.config.training import Loss, Remote, TopK
 from opcd.divergence import ABSENT, Listed
 from opcd.errors import ConfigError, ServerError
 from opcd.models import PROBES
+from opcd.openings import Openings
 from opcd.servers import (
     Refusal,
     Server,
@@ -77,9 +78,8 @@ class RemoteTeacher:
     vocabulary: int
     parallel: int = 64
     moves: bool = False
-    prefix: None = None
-    """Nothing of a prompt is read here."""
-    prefix_tokens: int = 0
+    openings: Openings = field(default_factory=Openings)
+    """None: what prompts share is the servers' affair."""
 
     def score(self, batch: Batch) -> TeacherScore:
         """What the loss gets to know of the teacher at the response tokens."""
