@@ -24,7 +24,7 @@ U = TypeVar("U")
 
 PASSING = (408, 409, 425, 429, 500, 502, 503, 504)
 """Statuses after which the same request may well be answered."""
-FINAL = ("max_lora_rank", "No adapter found")
+FINAL = ("max_lora_rank", "LoRA is not enabled", "No adapter found")
 """In what a server says with such a status, signs that it never will be."""
 LONGEST_PAUSE_S = 30.0
 SHOWN = 300

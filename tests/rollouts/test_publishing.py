@@ -95,6 +95,15 @@ def test_why_an_adapter_is_not_taken_is_explained(
     assert fake.paths_asked() == ["/v1/load_lora_adapter"], "asking again does not help"
 
 
+def test_a_server_without_adapters_is_not_asked_again(
+    fake: FakeVllm, tiny_model_path: Path
+) -> None:
+    why = "Call to add_lora method failed: Worker failed with error 'LoRA is not enabled.'"
+    fake.faults["/v1/load_lora_adapter"] = [failing(500, why)]
+    with pytest.raises(ServerError, match="start it with --enable-lora"):
+        adapters_for(fake, tiny_model_path).publish("student", 0)
+
+
 def test_a_folder_that_the_server_does_not_see_is_named(
     fake: FakeVllm, tiny_model_path: Path
 ) -> None:
