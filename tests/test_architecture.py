@@ -33,12 +33,14 @@ FLOORS = (
         "instructions",
         "near_duplicates",
         "screening",
+        "memory",
         "servers",
     ),
     ("divergence", "batching", "chunking"),
     (
         "weights",
         "adapters",
+        "sharding",
         "models",
         "prefix_cache",
         "prefix_store",
@@ -49,7 +51,7 @@ FLOORS = (
         "envs",
         "envs.*",
     ),
-    ("runs", "checkpoint", "tracking", "tally", "traces"),
+    ("runs", "checkpoint", "tracking", "tally", "traces", "launch", "interruption"),
     (
         "items",
         "serving",
@@ -99,7 +101,7 @@ FLOORS = (
         "cost_tables",
     ),
     ("lab", "lab.*"),
-    ("cli", "experience_cli", "lab_cli", ""),
+    ("cli", "experience_cli", "lab_cli", "__main__", ""),
 )
 """Module patterns by floor; the package itself is the empty name. Imports only go down."""
 

@@ -1,16 +1,12 @@
 """What of a run is on servers: its engine, its teacher; met and checked before the first step."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from opcd import weights
 from opcd.config import Run
 from opcd.config.rollouts import Responses, Rollout, VllmRollout
 from opcd.config.training import AdapterOff, Frozen, Remote, Sampled
-from opcd.errors import ServerError
 from opcd.items import Item, pairs_of
 from opcd.remote import RemoteTeacher, meet_teacher
 from opcd.rollouts.meeting import check_publishing, check_weights, find_servers, probe_of
@@ -107,23 +103,3 @@ def longest_prompt(items: Items) -> tuple[int, ...]:
 def longest_response(config: Run) -> int:
     """How many tokens a response of the run may have."""
     return max(config.rollout.max_new_tokens, config.anchor.max_new_tokens)
-
-
-def on_main(accelerator: Accelerator) -> Once:
-    """What one process does for all: the main one acts, the others get its result or its error."""
-
-    def once(act: Callable[[], str]) -> str:
-        if accelerator.num_processes == 1:
-            return act()
-        found: list[Any] = ["", None]
-        if accelerator.is_main_process:
-            try:
-                found[0] = act()
-            except ServerError as error:
-                found[1] = str(error)
-        broadcast_object_list(found)
-        if found[1] is not None:
-            raise ServerError(found[1])
-        return found[0]
-
-    return once

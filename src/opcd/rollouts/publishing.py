@@ -10,15 +10,18 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
-from opcd.adapters import save_weights, trainable
+from torch import Tensor
+
+from opcd.adapters import in_shards, save_weights, trainable
 from opcd.errors import OpcdError, ServerError
 from opcd.rollouts.engine import Policy
 from opcd.servers import Refusal, Server
+from opcd.sharding import weights_by_name
 
 Once = Callable[[Callable[[], str]], str]
 """Runs a function in one process of many, and gives what it returns to all of them."""
@@ -60,8 +63,12 @@ class Shelf:
         self._token = secrets.token_hex(4)
         self._count = 0
 
-    def put(self, model: Any) -> Path:
+    def put(self, model: Any, weights: Mapping[str, Tensor] | None = None) -> Path:
         """What was trained, as a folder of a new name: whole, or not there.
+
+        Args:
+            model: the model.
+            weights: what was trained, if the model does not hold it as a whole.
 
         Raises:
             ServerError: it could not be written.
@@ -70,7 +77,7 @@ class Shelf:
         target = self._folder.absolute() / f"opcd-{self._token}-{self._count}"
         draft = target.with_name(f".{target.name}")
         try:
-            save_weights(model, draft)
+            save_weights(model, draft, weights)
             for file in draft.iterdir():
                 file.chmod(0o644)  # a server may be another user's
             draft.rename(target)
@@ -107,7 +114,8 @@ class AdapterPublisher:
             return
         wanted = version, writes_to(self._student)
         if self._published != wanted:
-            before, self._path = self._path, Path(self._once(self._send))
+            weights = gathered(self._student)
+            before, self._path = self._path, Path(self._once(lambda: self._send(weights)))
             self._published = wanted
             if before:
                 shutil.rmtree(before, ignore_errors=True)
@@ -136,8 +144,8 @@ class AdapterPublisher:
                 server.note(LOST)
                 load_adapter(server, self._path)
 
-    def _send(self) -> str:
-        path, before = self._shelf.put(self._student), self._path
+    def _send(self, weights: Mapping[str, Tensor] | None) -> str:
+        path, before = self._shelf.put(self._student, weights), self._path
 
         def load(server: Server) -> None:
             load_adapter(server, path)
@@ -194,15 +202,21 @@ class WeightPublisher:
     def _put(self, version: int) -> str:
         key = version, writes_to(self._student)
         if self._written is None or self._written[0] != key:
-            before = self._written[1] if self._written else None
-            self._written = key, self._once(lambda: str(self._shelf.put(self._student)))
+            before, weights = self._written, gathered(self._student)
+            put = self._once(lambda: str(self._shelf.put(self._student, weights)))
+            self._written = key, put
             if before:
-                shutil.rmtree(before, ignore_errors=True)
+                shutil.rmtree(before[1], ignore_errors=True)
         return self._written[1]
 
     def _send(self) -> str:
         on_each(self._servers, lambda one: reload_weights(one, self._path, self._version))
         return self._path
+
+
+def gathered(model: Any) -> dict[str, Tensor] | None:
+    """What was trained, if it is in shards; every process has to ask at the same time."""
+    return weights_by_name(model) if in_shards(model) else None
 
 
 def writes_to(model: Any) -> int:
