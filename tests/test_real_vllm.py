@@ -202,7 +202,8 @@ def test_a_remote_teachers_list_is_the_local_one(without_adapters: str) -> None:
     teacher, notes = meet_teacher(config, loss, tokenizer, 49152, tokenizer.encode(TEXTS[0] * 3))
     assert teacher.level == "teacher_top_k", "a CPU server does not score the ids one asks for"
     assert "student_top_k is refused" in notes[1]
-    pairs = [PromptPair(t, *2 * (tuple(tokenizer.encode(t)),)) for t in TEXTS]
+    prompts = [tuple(tokenizer.encode(text)) for text in TEXTS]
+    pairs = [PromptPair(text, ids, ids) for text, ids in zip(TEXTS, prompts, strict=True)]
     answers = [Rollout(t, tuple(tokenizer.encode(" Paris is the answer.")), True) for t in TEXTS]
     batch = collate(pairs, answers)
     with torch.no_grad():

@@ -33,6 +33,7 @@ from opcd.launch import (
 )
 from opcd.runs import RunFolder, check_free, create_run, open_run, rewind_jsonl, write_json
 from opcd.sharding import give, weights_by_name
+from opcd.teachers import LocalTeacher
 from opcd.tracking import Tracker
 from opcd.types import Answered
 
@@ -196,7 +197,8 @@ def spread(parts: Parts) -> None:
         parts.distiller = summed(parts.accelerator, parts.distiller)
         return
     check_shardable(parts.config)
-    own, teachers = parts.distiller, {id(t): t for t in (parts.teacher, parts.base)}.values()
+    local = [t for t in (parts.teacher, parts.base) if isinstance(t, LocalTeacher)]
+    own, teachers = parts.distiller, {id(t): t for t in local}.values()
     for teacher in teachers:
         teacher.go_inside(own.run if teacher.model is parts.student else lambda work: work())
     sharding.shard(own, parts.accelerator.autocast)
