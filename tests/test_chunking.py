@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opcd.chunking import chunked_stats
+from opcd.chunking import Asked, chunked_stats, stats_against
 from opcd.config.training import ExactSupport, Loss, Sampled, TopK
-from opcd.divergence import TokenStats, token_stats
+from opcd.divergence import Listed, TokenStats, listed_token_stats, token_stats
 
 TOKENS, WIDTH, VOCABULARY = 23, 6, 31
 SUPPORTS = [
@@ -63,6 +63,36 @@ def test_chunked_equals_unchunked(direction: Any, support: Any, chunk_tokens: in
     for ours, wanted in zip((*chunked[0], *chunked[1:]), (*dense[0], *dense[1:]), strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-12)
     assert teacher_head.weight.grad is None
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_chunked_equals_unchunked_against_a_list(trained: bool) -> None:
+    loss = Loss(direction="forward_kl", support=TopK(k=5, of="teacher"), chunk_tokens=5)
+    (student_TD, teacher_TD), head = hidden(), linear(VOCABULARY, 0).requires_grad_(trained)
+    top = linear(VOCABULARY, 1)(teacher_TD).log_softmax(-1).detach().topk(5)
+    known = Listed(top.indices, top.values, top.values[:, 0])
+    dense = listed_token_stats(head(student_TD), known, sampled(), loss)
+    chunked = stats_against(student_TD, head, known, sampled(), loss)
+    for ours, wanted in zip(chunked, dense, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-12)
+    gradients = [
+        torch.autograd.grad(stats.divergence_T.sum(), student_TD)[0] for stats in (chunked, dense)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+
+
+def test_a_teacher_that_scores_chosen_ids_is_asked_for_the_students_likeliest() -> None:
+    (student_TD, _), head = hidden(), linear(VOCABULARY, 0)
+    asked: list[Tensor] = []
+
+    def ask(ids_TK: Tensor) -> Listed:
+        asked.append(ids_TK)
+        return Listed(ids_TK, torch.full(ids_TK.shape, -3.0), torch.full((TOKENS,), -3.0))
+
+    loss = Loss(support=TopK(k=4), chunk_tokens=5)
+    stats_against(student_TD, head, Asked(4, ask), sampled(), loss)
+    assert torch.equal(asked[0], head(student_TD).topk(4).indices)
+    assert not asked[0].requires_grad
 
 
 class LargestTensor(TorchDispatchMode):

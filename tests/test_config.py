@@ -197,10 +197,29 @@ def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
     assert "batch.prompts_per_step = -1" in str(caught.value)
 
 
+REMOTE = "teacher={type='remote', servers='http://x'}"
+OF_TEACHER = "loss.support={type='top_k', of='teacher'}"
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["teacher={type='remote', url='http://x'}"], r"exact but teacher\.type is remote.*write"),
+        ([REMOTE], r"exact but teacher\.type is remote.*write"),
+        ([REMOTE, OF_TEACHER, "loss.temperature=2.0"], r"temperature = 2\.0 but .* = 1\.0"),
+        ([REMOTE, "loss.support={type='top_k', of='union'}"], r'"union" but .*of = "teacher"'),
+        (
+            ["teacher={type='remote', servers='http://x', ask='student_top_k'}", OF_TEACHER],
+            r'ask = "student_top_k" but .*of = "student"',
+        ),
+        (
+            ["teacher={type='remote', servers='http://x', ask='sampled'}", OF_TEACHER],
+            r'ask = "sampled" tells one.*type = "sampled"',
+        ),
+        (["rollout={type='vllm', servers=['localhost:8000']}"], r"no address of a server.*write"),
+        (["rollout={type='vllm', servers=['http://me:pw@x']}"], r"no address of a server.*key_env"),
+        (["rollout={type='vllm', servers=[]}"], r"rollout\.vllm\.servers"),
+        (["rollout={type='vllm'}"], r"rollout\.vllm\.servers"),
+        (["rollout.servers=['http://x']"], r"rollout\.hf\.servers: there is no such key"),
         (["teacher={type='ema', decay=0.0}"], r"teacher\.ema\.decay = 0\.0: .*greater than 0"),
         (["teacher={type='ema', decay=1.0}"], r"teacher\.ema\.decay = 1\.0: .*less than 1"),
         (["teacher={type='ema', decay=1.5}"], r"teacher\.ema\.decay = 1\.5: .*less than 1"),
@@ -237,7 +256,8 @@ def test_impossible_pairs_are_refused(tmp_path: Path, overrides: list[str], mess
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["teacher={type='remote', url='http://x'}", "loss.support={type='top_k', of='teacher'}"],
+        [REMOTE, OF_TEACHER],
+        ["rollout={type='vllm', servers='https://x:8000/v1', max_new_tokens=3}"],
         ["teacher={type='ema', decay=0.001}"],
         ["teacher={type='ema', decay=0.999}"],
         ["model.tuning={type='full'}", "teacher.type=frozen"],
@@ -377,3 +397,10 @@ def test_a_missing_task_file_is_named(tmp_path: Path, split: str) -> None:
 def test_a_missing_anchor_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"anchor\.path = .*none\.json': there is no such file"):
         check_files(load(tmp_path, f"anchor.path={tmp_path / 'none.json'}"))
+
+
+def test_a_refused_address_is_not_repeated(tmp_path: Path) -> None:
+    """It may hold a password."""
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, "rollout={type='vllm', servers=['http://me:hunter2@x']}")
+    assert "hunter2" not in str(caught.value)

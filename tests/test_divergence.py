@@ -12,7 +12,15 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from opcd.config.training import ExactSupport, Loss, Sampled, TopK
-from opcd.divergence import score_function, support_ids, token_stats
+from opcd.divergence import (
+    ABSENT,
+    Listed,
+    listed_token_stats,
+    restrict_listed,
+    score_function,
+    support_ids,
+    token_stats,
+)
 
 DIRECTIONS = ("reverse_kl", "forward_kl", "jsd")
 SIDES = ("student", "teacher", "union")
@@ -228,7 +236,7 @@ def test_only_the_divergence_carries_a_gradient_and_only_to_the_student(support:
     student.requires_grad_()
     teacher.requires_grad_()
     stats = token_stats(student, teacher, response, Loss(support=support))
-    assert [column.requires_grad for column in stats] == [True, False, False, False, False]
+    assert [column.requires_grad for column in stats] == [True] + [False] * 5
     stats.divergence_T.sum().backward()
     assert student.grad is not None and student.grad.abs().max() > 0
     assert teacher.grad is None
@@ -258,3 +266,68 @@ def test_k_larger_than_the_vocabulary_names_key_and_way_out() -> None:
     student, teacher, _ = logits()
     with pytest.raises(ValueError, match=r"loss\.support\.k = 14 .*vocabulary of 13.*lower it"):
         support_ids(student, teacher, TopK(k=14))
+
+
+def listed(teacher: Tensor, k: int, response: Tensor) -> Listed:
+    """What a server tells of a teacher: its k likeliest, and the sampled token."""
+    own = teacher.log_softmax(-1)
+    top = own.topk(k)
+    return Listed(top.indices, top.values, own.gather(-1, response.unsqueeze(-1)).squeeze(-1))
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalise", "drop"])
+@pytest.mark.parametrize("direction", ["reverse_kl", "forward_kl", "jsd"])
+def test_a_list_gives_what_the_whole_teacher_would(direction: Any, tail: Any) -> None:
+    student, teacher, response = logits()
+    student.requires_grad_()
+    loss = Loss(direction=direction, support=TopK(k=3, of="teacher", tail=tail))
+    whole = token_stats(student, teacher, response, loss)
+    known = listed_token_stats(student, listed(teacher, 3, response), response, loss)
+    for name in ("divergence_T", "entropy_T", "student_mass_T", "teacher_mass_T", "log_prob_T"):
+        torch.testing.assert_close(getattr(known, name), getattr(whole, name), msg=name)
+    gradients = [
+        torch.autograd.grad(s.divergence_T.sum(), student, retain_graph=True)[0]
+        for s in (whole, known)
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_kl_of_a_list_is_its_bucketed_sum() -> None:
+    student, teacher, response = logits()
+    p, q = student.softmax(-1), teacher.softmax(-1)
+    found = listed_token_stats(student, listed(teacher, 2, response), response, Loss()).kl_T
+    for row in range(len(p)):
+        inside = q[row].topk(2).indices
+        rest = [side[row].sum() - side[row, inside].sum() for side in (p, q)]
+        classes = [*zip(p[row, inside], q[row, inside], strict=True), rest]
+        wanted = sum((ours * (ours / theirs).log()).item() for ours, theirs in classes)
+        assert found[row].item() == pytest.approx(wanted)
+
+
+def test_a_shorter_list_is_filled_up_with_nothing() -> None:
+    """Places without a token have no mass on either side, whatever stands in them."""
+    student, teacher, response = logits()
+    short = listed(teacher, 2, response)
+    filled = Listed(
+        torch.cat([short.ids_TK, torch.full((5, 1), -1)], -1),
+        torch.cat([short.log_probs_TK, torch.full((5, 1), ABSENT).to(teacher)], -1),
+        short.sampled_T,
+    )
+    for direction in ("reverse_kl", "forward_kl"):
+        loss = Loss(direction=direction)
+        wanted = listed_token_stats(student, short, response, loss).divergence_T
+        found = listed_token_stats(student, filled, response, loss).divergence_T
+        torch.testing.assert_close(found, wanted)
+
+
+def test_a_list_that_has_all_of_the_mass_leaves_a_finite_rest() -> None:
+    """Rounded probabilities may add up to more than 1."""
+    log_probs = torch.tensor([[0.5, 0.5 + 1e-6]]).log()
+    assert restrict_listed(log_probs, "bucket")[0, -1].item() == pytest.approx(math.log(1e-7))
+
+
+def test_log_probabilities_of_sampled_tokens_are_those_of_temperature_one() -> None:
+    student, teacher, response = logits()
+    stats = token_stats(student, teacher, response, Loss(temperature=2.0))
+    wanted = student.log_softmax(-1).gather(-1, response.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(stats.log_prob_T, wanted)

@@ -14,6 +14,7 @@ from opcd.adapters import (
     trainable,
 )
 from opcd.batching import Side, collate
+from opcd.chunking import Hidden
 from opcd.config.training import Full, Loss
 from opcd.errors import ModelError
 from opcd.models import (
@@ -156,7 +157,9 @@ def test_the_distillers_loss_and_gradient_equal_those_of_full_logits(tuning: Any
             kl_T = brute_kl(student, teacher, pairs, rollouts)
         else:
             loss = Loss(chunk_tokens=4)
-            kl_T = Distiller(student)(batch, teacher_TD, output_head(teacher), loss).divergence_T
+            kl_T = Distiller(student)(
+                batch, Hidden(teacher_TD, output_head(teacher)), loss
+            ).divergence_T
         kl_T.sum().backward()
         values.append(kl_T.detach())
         grads.append({name: weight.grad for name, weight in trainable(student).items()})

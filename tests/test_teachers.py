@@ -16,7 +16,6 @@ from opcd.adapters import adapter_off, trainable, tune
 from opcd.batching import Side, collate
 from opcd.config import training
 from opcd.config.training import Full, Lora
-from opcd.errors import ConfigError
 from opcd.models import hidden_states, output_head
 from opcd.openings import Openings
 from opcd.prefix_cache import token_bytes
@@ -325,11 +324,6 @@ def test_a_prefix_that_is_not_exact_is_not_used(monkeypatch: pytest.MonkeyPatch)
     wanted_TV = seen_by_model(teacher.model, SHARING)
     torch.testing.assert_close(seen_by(teacher, SHARING), wanted_TV, rtol=0, atol=0)
     assert teacher.prefixes.bytes == 0
-
-
-def test_a_remote_teacher_is_refused_with_a_way_out() -> None:
-    with pytest.raises(ConfigError, match=r"teacher.type = 'remote'.*\"adapter_off\" or"):
-        teacher_of(training.Remote(url="http://localhost:8000"), tiny_llama())
 
 
 def test_weights_that_will_be_cut_have_read_their_openings_before() -> None:

@@ -15,12 +15,16 @@ from opcd.config import Run, check_files, training
 from opcd.errors import ConfigError
 from opcd.graders import Grader, build_grader
 from opcd.items import Item, check_last_turn, pairs_of, render_splits, weights_of
-from opcd.launch import build_accelerator, own
+from opcd.launch import build_accelerator, on_main, own
 from opcd.openings import MIN_PREFIX_TOKENS, Openings
 from opcd.prefix_cache import token_bytes
+from opcd.remote import RemoteTeacher
 from opcd.rendering import Renderer
 from opcd.rollouts.engine import RolloutEngine
 from opcd.rollouts.hf import HFEngine
+from opcd.rollouts.vllm import VllmEngine
+from opcd.servers import Server
+from opcd.serving import engine_on_servers, teacher_on_servers
 from opcd.teachers import LocalTeacher, build_teacher
 from opcd.types import Answered, Context, PromptPair, Task
 
@@ -48,7 +52,7 @@ class Parts:
     grader: Grader | None
     student: Any
     distiller: models.Distiller
-    teacher: LocalTeacher
+    teacher: LocalTeacher | RemoteTeacher
     base: LocalTeacher
     """The student before training: the anchors' teacher."""
     engine: RolloutEngine
@@ -73,8 +77,22 @@ class Parts:
     @property
     def in_shards(self) -> bool:
         """Whether some weights are in shards, so that all processes must use them alike."""
-        models_used = (self.student, self.teacher.model, self.base.model)
+        models_used = [self.student, self.base.model]
+        if isinstance(self.teacher, LocalTeacher):
+            models_used.append(self.teacher.model)
         return any(adapters.in_shards(model) for model in models_used)
+
+    @property
+    def keeps_step(self) -> bool:
+        """Whether all processes must use the engines alike: also where one sends the weights."""
+        several = self.accelerator.num_processes > 1
+        return self.in_shards or (several and isinstance(self.engine, VllmEngine))
+
+    @property
+    def servers(self) -> list[Server]:
+        """Those that the run asks, if any."""
+        far = [p for p in (self.teacher, self.engine) if isinstance(p, RemoteTeacher | VllmEngine)]
+        return [server for part in far for server in part.servers]
 
     def render_anchors(self, tasks: Sequence[Task]) -> list[PromptPair]:
         """Anchor prompts, the same for both sides."""
@@ -109,31 +127,40 @@ def assemble(config: Run) -> Parts:
     notes = [*warnings(config), *notes]
     student = adapters.tune(student, config.model.tuning, config.seed)
     teacher, base = _build_teachers(config, accelerator, dtype, student, tokenizer)
+    if isinstance(config.teacher, training.Remote):
+        config, teacher, more = teacher_on_servers(config, student, tokenizer, items)
+        notes += more
     # What a coach will have written in front of a prompt is not known yet.
-    notes += _share_openings(teacher, items) if config.context.type != "coach" else []
+    elif config.context.type != "coach":
+        notes += _share_openings(teacher, items)
     reads_again = _why_read_again(config, student, dtype)
     notes += [reads_again] if reads_again else []
     settings = dtype, end_ids(student, tokenizer), config.rollout.batch_rows
-    engine = HFEngine(student, base.model, *settings, base.prefixes)
-    same = teacher.model is base.model
-    train_anchors, test_anchors = load_anchors(config.anchor.path)
+    engine: RolloutEngine = HFEngine(student, base.model, *settings, base.prefixes)
+    of_teacher = engine
+    if isinstance(teacher, LocalTeacher) and teacher.model is not base.model:
+        of_teacher = HFEngine(teacher.model, teacher.model, *settings, teacher.prefixes)
+    if config.rollout.type == "vllm":
+        told = config, student, base, tokenizer, items, settings[1]
+        served, more = engine_on_servers(*told, lambda act: on_main(accelerator, act))
+        notes += more
+        engine, of_teacher = served, served if of_teacher is engine else of_teacher
+    trained, kept = load_anchors(config.anchor.path)
     return Parts(
         config=config,
         accelerator=accelerator,
         dtype=dtype,
         renderer=renderer,
         items=items,
-        anchors=train_anchors,
-        kept=test_anchors,
+        anchors=trained,
+        kept=kept,
         grader=grader,
         student=student,
         distiller=models.Distiller(student),
         teacher=teacher,
         base=base,
         engine=engine,
-        teacher_engine=engine
-        if same
-        else HFEngine(teacher.model, teacher.model, *settings, teacher.prefixes),
+        teacher_engine=of_teacher,
         notes=notes,
         keeps_hidden=not reads_again,
     )
@@ -174,7 +201,10 @@ def end_ids(student: Any, tokenizer: Any) -> frozenset[int]:
 def _build_teachers(
     config: Run, accelerator: Accelerator, dtype: torch.dtype, student: Any, tokenizer: Any
 ) -> tuple[LocalTeacher, LocalTeacher]:
-    """The tasks' teacher and the base model, one object where they are the same."""
+    """The tasks' teacher and the base model, one object where they are the same.
+
+    In the place of a teacher on a server stands the base model.
+    """
     autocast: Any = accelerator.autocast
 
     def frozen(path: str | None) -> Any:
@@ -192,8 +222,10 @@ def _build_teachers(
 
     lora = config.model.tuning.type == "lora"
     base = training.AdapterOff() if lora else training.Frozen()
-    teacher = build(config.teacher)
-    return teacher, teacher if config.teacher == base else build(base)
+    if isinstance(config.teacher, training.Remote) or config.teacher == base:
+        both = build(base)
+        return both, both
+    return build(config.teacher), build(base)
 
 
 def _share_openings(teacher: LocalTeacher, items: Mapping[str, Sequence[Item]]) -> list[str]:

@@ -172,8 +172,6 @@ def warnings(run: Run) -> list[str]:
             "warning: tail = 'drop' is no divergence: the student can empty its top-k mass while "
             "the loss falls. Watch student_mass_in_support, or write tail = 'bucket'"
         )
-    if run.teacher.type == "remote":
-        found.append("warning: this version trains with local teachers only; a run will not start")
     if run.teacher.type == "live":
         found.append("warning: a live teacher moves with the student and may collapse with it")
     if run.rollout.teacher_fraction == 1.0 and run.loss.direction != "forward_kl":

@@ -4,7 +4,8 @@ The only place that ever sees `[C, V]` logits: neither side's `[T, V]` exists. K
 only its head, a function from hidden states to logits.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,10 +13,58 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from opcd.config.training import Loss
-from opcd.divergence import TokenStats, token_stats
+from opcd.divergence import Listed, TokenStats, listed_token_stats, token_stats
 
 Head = Callable[[Tensor], Tensor]
 """hidden_CD -> logits_CV"""
+OneChunk = Callable[..., TokenStats]
+"""The student's logits and what else belongs to the same tokens -> what is known of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """What a teacher here says of response tokens: its whole distribution, not yet written out."""
+
+    hidden_TD: Tensor
+    head: Head
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A teacher far away that scores the tokens it is asked for: the student's likeliest."""
+
+    k: int
+    ask: Callable[[Tensor], Listed]
+    """`ids_TK` -> what it says of them."""
+
+
+TeacherScore = Hidden | Listed | Asked
+
+
+def stats_against(
+    student_TD: Tensor,
+    student_head: Head,
+    teacher: TeacherScore,
+    response_T: Tensor,
+    loss: Loss,
+) -> TokenStats:
+    """Statistics of each response token against what its teacher says of it."""
+    if isinstance(teacher, Hidden):
+        sides = student_TD, student_head, teacher.hidden_TD, teacher.head
+        return chunked_stats(*sides, response_T, loss)
+    if isinstance(teacher, Asked):
+        ids_TK = top_ids(student_TD, student_head, teacher.k, loss.chunk_tokens)
+        teacher = teacher.ask(ids_TK)
+    device = student_TD.device
+    listed = Listed(*(column.to(device) for column in teacher))
+    return listed_stats(student_TD, student_head, listed, response_T, loss)
+
+
+@torch.no_grad()
+def top_ids(student_TD: Tensor, student_head: Head, k: int, chunk_tokens: int) -> Tensor:
+    """The student's `k` likeliest tokens at each position, `ids_TK`."""
+    parts = student_TD.detach().split(chunk_tokens)
+    return torch.cat([student_head(student_CD).topk(k).indices for student_CD in parts])
 
 
 def chunked_stats(
@@ -41,20 +90,54 @@ def chunked_stats(
         loss: what to compute.
     """
 
-    def one_chunk(student_CD: Tensor, teacher_CD: Tensor, response_C: Tensor) -> TokenStats:
+    def one_chunk(student_CV: Tensor, teacher_CD: Tensor, response_C: Tensor) -> TokenStats:
         with torch.no_grad():
             teacher_CV = teacher_head(teacher_CD)
-        student_CV = student_head(student_CD)
         # Two models of one vocabulary may pad their heads to different widths.
         width = min(student_CV.shape[-1], teacher_CV.shape[-1])
         return token_stats(student_CV[:, :width], teacher_CV[:, :width], response_C, loss)
+
+    return _in_chunks(student_TD, student_head, (teacher_TD, response_T), one_chunk, loss)
+
+
+def listed_stats(
+    student_TD: Tensor, student_head: Head, teacher: Listed, response_T: Tensor, loss: Loss
+) -> TokenStats:
+    """`listed_token_stats` of all tokens with the memory of `loss.chunk_tokens`.
+
+    Args:
+        student_TD: the student's hidden states at the response positions, with gradient.
+        student_head: the student's output head.
+        teacher: what is known of the teacher at the same positions.
+        response_T: the sampled tokens.
+        loss: what to compute.
+    """
+
+    def one_chunk(student_CV: Tensor, *known: Tensor) -> TokenStats:
+        *listed, response_C = known
+        return listed_token_stats(student_CV, Listed(*listed), response_C, loss)
+
+    return _in_chunks(student_TD, student_head, (*teacher, response_T), one_chunk, loss)
+
+
+def _in_chunks(
+    student_TD: Tensor,
+    student_head: Head,
+    others: Sequence[Tensor],
+    score: OneChunk,
+    loss: Loss,
+) -> TokenStats:
+    """What `score` makes of the student's logits, `loss.chunk_tokens` tokens at a time."""
+
+    def one_chunk(student_CD: Tensor, *rest: Tensor) -> TokenStats:
+        return score(student_head(student_CD), *rest)
 
     def slices(*sides: Tensor) -> Iterator[tuple[Tensor, ...]]:
         return zip(*(side_T.split(loss.chunk_tokens) for side_T in sides), strict=True)
 
     def stats_and_gradient(student_TD: Tensor) -> tuple[TokenStats, Tensor]:
         found, gradients = [], []
-        for student_CD, *rest in slices(student_TD, teacher_TD, response_T):
+        for student_CD, *rest in slices(student_TD, *others):
             leaf_CD = student_CD.detach().requires_grad_()
             with torch.enable_grad():
                 stats = one_chunk(leaf_CD, *rest)
@@ -65,7 +148,7 @@ def chunked_stats(
     # The head of no token costs nothing, and tells whether it would be trained.
     if torch.is_grad_enabled() and not student_head(student_TD[:0].detach()).requires_grad:
         return TokenStats(*_FrozenHead.apply(student_TD, stats_and_gradient))
-    parts = slices(student_TD, teacher_TD, response_T)
+    parts = slices(student_TD, *others)
     return _join([checkpoint(one_chunk, *part, use_reentrant=False) for part in parts])
 
 

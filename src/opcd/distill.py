@@ -14,17 +14,21 @@ from itertools import pairwise
 from typing import Any, NamedTuple, get_args
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from opcd.adapters import trainable
 from opcd.assembly import Parts
 from opcd.batching import Batch, collate
+from opcd.chunking import Hidden, TeacherScore
 from opcd.coaching import coach_rollouts, count_empty
+from opcd.config.rollouts import VllmRollout
 from opcd.config.training import Direction, Loss
 from opcd.divergence import TokenStats
 from opcd.drawing import Rollouts, roll_out
-from opcd.errors import DivergedError, RolloutError
+from opcd.errors import DivergedError, RolloutError, ServerError
 from opcd.launch import most
+from opcd.remote import RemoteTeacher
 from opcd.sharding import summing_later, whole
 from opcd.tally import Tally, release_memory
 from opcd.teachers import LocalTeacher
@@ -38,6 +42,8 @@ class StepReport:
     metrics: dict[str, Any]
     """One row of `metrics.jsonl`."""
     answered: Sequence[Answered]
+    troubles: Sequence[str] = ()
+    """What servers had to be asked again for, or given again."""
 
 
 @dataclass
@@ -50,6 +56,8 @@ class Trainer:
     """Steps done."""
     skipped_steps: int = 0
     """Steps whose loss or gradient was not finite; they left the weights as they were."""
+    owes_validation: bool = False
+    """Whether the last step is still to be validated, since a server was gone then."""
 
 
 def distill(parts: Parts, trainer: Trainer) -> Iterator[StepReport]:
@@ -57,23 +65,47 @@ def distill(parts: Parts, trainer: Trainer) -> Iterator[StepReport]:
 
     Raises:
         DivergedError: more steps than allowed were not finite.
-        RolloutError: too many responses were cut.
+        RolloutError: too many responses were cut, or the engine answers with other weights.
+        ServerError: a server cannot be used any longer; the step left the weights as they were.
     """
     while trainer.step < parts.config.steps:
         tally = Tally()
         with tally.timed("wall_s"):
             with tally.timed("rollout_s"):
-                rollouts = coach_rollouts(parts, roll_out(parts, trainer.step), trainer.step)
+                rollouts = answer_step(parts, trainer.step)
             count_rollouts(parts, rollouts, tally)
             answered = rollouts.answered
             loss = loss_at(parts.config.loss, trainer.step)
             accumulate(parts, answered, loss, tally)
+            check_engine(parts, tally)
             with tally.timed("train_s"):
                 lr = update(parts, trainer, tally)
                 release_memory()
         is_coached = parts.config.context.type == "coach"
         row = summarise(trainer, tally, loss.direction, lr, is_coached)
-        yield StepReport(row, answered)
+        troubles = [trouble for server in parts.servers for trouble in server.take_troubles()]
+        yield StepReport({**row, **servers_row(parts, tally, troubles)}, answered, troubles)
+
+
+def answer_step(parts: Parts, step: int) -> Rollouts:
+    """This process's prompts of a step with their responses.
+
+    Raises:
+        ServerError: a server is gone.
+        RolloutError: the same, in one of several processes; all of them are told.
+    """
+    trouble = ""
+    try:
+        rollouts = coach_rollouts(parts, roll_out(parts, step), step)
+    except ServerError as error:
+        if parts.accelerator.num_processes == 1:
+            raise
+        rollouts, trouble = Rollouts([]), str(error)
+    if parts.servers and parts.accelerator.num_processes > 1:
+        troubles = gather_object([trouble])
+        if first := next(filter(None, troubles), ""):
+            raise RolloutError(first)
+    return rollouts
 
 
 def count_rollouts(parts: Parts, rollouts: Rollouts, tally: Tally) -> None:
@@ -130,19 +162,20 @@ def accumulate(parts: Parts, answered: Sequence[Answered], loss: Loss, tally: Ta
     for portion in portions:
         teacher, batch = batch_of(parts, portion.answered, portion.origin)
         with tally.timed("teacher_s"):
-            teacher_TD = teacher_states(teacher, portion.answered, batch)
+            scored = score_of(teacher, portion.answered, batch)
         waits = portion is not portions[-1]
         with (
             tally.timed("train_s"),
             summing_later(parts.distiller) if waits else nullcontext(),
         ):
-            stats = parts.distiller(batch, teacher_TD, teacher.head, loss)
+            stats = parts.distiller(batch, scored, loss)
             loss_nats = (stats.divergence_T / weigh(batch.length_T, loss)).sum() / total
             # Data-parallel training averages over processes; the total is over all of them.
             accelerator.backward(loss_nats * accelerator.num_processes * portion.counts)
         if portion.counts:
             tally.add("loss_nats", loss_nats.item())
             add_stats(tally, stats, portion.origin)
+            add_engine_difference(tally, stats, portion.answered)
 
 
 class Portion(NamedTuple):
@@ -177,22 +210,24 @@ def portions_of(parts: Parts, answered: Sequence[Answered]) -> list[Portion]:
 
 def batch_of(
     parts: Parts, portion: Sequence[Answered], origin: Origin | None = None
-) -> tuple[LocalTeacher, Batch]:
+) -> tuple[LocalTeacher | RemoteTeacher, Batch]:
     """Who scores a portion of one origin, and its batch."""
     teacher = parts.teacher if (origin or portion[0].pair.origin) == "task" else parts.base
     batch = collate([a.pair for a in portion], [a.rollout for a in portion])
     return teacher, batch.to(parts.accelerator.device)
 
 
-def teacher_states(teacher: LocalTeacher, portion: Sequence[Answered], batch: Batch) -> Tensor:
-    """The teacher's hidden states at the response tokens, `hidden_TD`.
+def score_of(
+    teacher: LocalTeacher | RemoteTeacher, portion: Sequence[Answered], batch: Batch
+) -> TeacherScore:
+    """What the teacher says of the response tokens.
 
-    A response that the teacher gave itself, standing still, has them already.
+    A response that the teacher gave itself, standing still, has its hidden states already.
     """
     kept = [a.rollout.hidden_TD for a in portion]
-    if any(hidden_TD is None for hidden_TD in kept):
-        return teacher.hidden(batch.teacher)
-    return torch.cat(kept)
+    if isinstance(teacher, RemoteTeacher) or any(hidden_TD is None for hidden_TD in kept):
+        return teacher.score(batch)
+    return Hidden(torch.cat(kept), teacher.head)
 
 
 def cut_portions(answered: Sequence[Answered], rows: int) -> list[list[Answered]]:
@@ -250,6 +285,49 @@ def add_stats(tally: Tally, stats: TokenStats, origin: str) -> None:
         tally.add("entropy_nats", stats.entropy_T.sum().item())
         tally.add("student_mass", stats.student_mass_T.sum().item())
         tally.add("teacher_mass", stats.teacher_mass_T.sum().item())
+
+
+def add_engine_difference(tally: Tally, stats: TokenStats, portion: Sequence[Answered]) -> None:
+    """Add how far an engine's log-probabilities of its tokens are from the trainer's, in nats."""
+    own = stats.log_prob_T.detach().split([len(a.rollout.response_ids) for a in portion])
+    for answered, ours_T in zip(portion, own, strict=True):
+        if answered.rollout.log_probs is None:
+            continue
+        theirs_T = torch.tensor(answered.rollout.log_probs).to(ours_T)
+        tally.add("engine_difference_nats", (theirs_T - ours_T).abs().sum().item())
+        tally.add("engine_tokens", len(ours_T))
+
+
+def check_engine(parts: Parts, tally: Tally) -> None:
+    """Compare the servers' log-probabilities of a step with the trainer's, before it trains.
+
+    Raises:
+        RolloutError: they are further apart than allowed.
+    """
+    rollout = parts.config.rollout
+    if not isinstance(rollout, VllmRollout):
+        return
+    for name in ("engine_difference_nats", "engine_tokens"):
+        tally.add(name, 0.0)  # where the teacher gave all of this process's answers
+    tally.gather(parts.accelerator)
+    found = tally.mean("engine_difference_nats", "engine_tokens")
+    allowed = rollout.max_logprob_difference_nats
+    if not found <= allowed:
+        raise RolloutError(
+            f"the servers' log-probabilities of a step's tokens are {found:.3f} nats from the "
+            f"trainer's, but at most {allowed} are allowed: they answered with other weights, or "
+            "compute otherwise; the step was not trained on. Start the servers anew with the run's "
+            "model, or raise rollout.max_logprob_difference_nats, then continue with --resume"
+        )
+
+
+def servers_row(parts: Parts, tally: Tally, troubles: Sequence[str]) -> dict[str, Any]:
+    """What a step says of the servers it asked; nothing, if there are none."""
+    found: dict[str, Any] = {"server_troubles": len(troubles)} if parts.servers else {}
+    if isinstance(parts.config.rollout, VllmRollout):
+        difference = tally.mean("engine_difference_nats", "engine_tokens")
+        found["engine_logprob_difference_nats"] = difference
+    return found
 
 
 def games_row(tally: Tally) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from opcd.config.training import Direction, ExactSupport, Loss, Sampled, TopK
 # Log-probability of a class that is not there: exp() of it is 0 in every dtype, and unlike -inf
 # it gives 0 * (x - x) = 0 rather than nan, in the value and in the gradient.
 ABSENT = -1e4
+MIN_REST = 1e-7
+"""The least probability that is taken to lie outside a list."""
 
 
 class TokenStats(NamedTuple):
@@ -31,13 +33,27 @@ class TokenStats(NamedTuple):
     divergence_T: Tensor
     """The loss of the token, in nats."""
     kl_T: Tensor
-    """Exact reverse KL at the loss's temperature, in nats, whatever the loss is."""
+    """Exact reverse KL at the loss's temperature, in nats, whatever the loss is; of a teacher that
+    is known by a list of tokens, over those and one class for the rest, which is less."""
     entropy_T: Tensor
     """The student's entropy, in nats."""
     student_mass_T: Tensor
     """Student's probability inside the loss's support (1 for exact and sampled)."""
     teacher_mass_T: Tensor
     """Teacher's probability inside the loss's support."""
+    log_prob_T: Tensor
+    """The student's log-probability of the sampled token, at temperature 1."""
+
+
+class Listed(NamedTuple):
+    """What is known of a teacher that is far away: some tokens' log-probabilities."""
+
+    ids_TK: Tensor
+    """Tokens of each position; -1 where there are fewer."""
+    log_probs_TK: Tensor
+    """Theirs, at temperature 1; `ABSENT` where there are fewer."""
+    sampled_T: Tensor
+    """That of the sampled token, which need not be among them."""
 
 
 def token_stats(
@@ -64,8 +80,51 @@ def token_stats(
             -(probs_CV * student_CV).sum(-1),
             ones_C if ids_CK is None else _gather(student_CV, ids_CK).exp().sum(-1),
             ones_C if ids_CK is None else _gather(teacher_CV, ids_CK).exp().sum(-1),
+            log_prob_of(student_logits_CV, response_C),
         )
     return TokenStats(_loss(student_CV, teacher_CV, response_C, ids_CK, loss), *diagnostics)
+
+
+def listed_token_stats(
+    student_logits_CV: Tensor, teacher: Listed, response_C: Tensor, loss: Loss
+) -> TokenStats:
+    """The same against a teacher of which only a list of tokens is known.
+
+    The list is the support; where the loss would have the whole vocabulary, the rest of it is one
+    class (a bucket), so that the value is a lower bound.
+
+    Args:
+        student_logits_CV: the student's logits.
+        teacher: what is known of the same positions.
+        response_C: the token that was sampled at each position.
+        loss: direction and tail; its temperature is 1.
+    """
+    assert loss.temperature == 1.0, "log-probabilities from afar are those of temperature 1"
+    student_CV, ids_CK = _log_probs(student_logits_CV, 1.0), teacher.ids_TK
+    listed_CK = teacher.log_probs_TK.to(student_CV)
+    bucketed = restrict(student_CV, ids_CK, "bucket"), restrict_listed(listed_CK, "bucket")
+    student_C = student_CV.gather(-1, response_C.unsqueeze(-1)).squeeze(-1)
+    if isinstance(loss.support, Sampled):
+        loss_C = _advantage(student_C, teacher.sampled_T.to(student_CV))
+    else:
+        tail = loss.support.tail if isinstance(loss.support, TopK) else "bucket"
+        restricted = restrict(student_CV, ids_CK, tail), restrict_listed(listed_CK, tail)
+        loss_C = divergence(*restricted, loss.direction, loss.jsd_beta)
+    with torch.no_grad():
+        diagnostics = (
+            _kl(*bucketed),
+            -(student_CV.exp() * student_CV).sum(-1),
+            _gather(student_CV, ids_CK).exp().sum(-1),
+            listed_CK.exp().sum(-1),
+            student_C.detach(),
+        )
+    return TokenStats(loss_C, *diagnostics)
+
+
+def log_prob_of(logits_CV: Tensor, tokens_C: Tensor) -> Tensor:
+    """Each token's log-probability at temperature 1."""
+    log_probs_CV = _log_probs(logits_CV, 1.0)
+    return log_probs_CV.gather(-1, tokens_C.unsqueeze(-1)).squeeze(-1)
 
 
 def divergence(
@@ -124,6 +183,18 @@ def restrict(log_probs_CV: Tensor, ids_CK: Tensor, tail: str) -> Tensor:
     return torch.cat([inside_CK, outside_CV.logsumexp(-1, keepdim=True)], dim=-1)
 
 
+def restrict_listed(log_probs_CK: Tensor, tail: str) -> Tensor:
+    """The same of log-probabilities of which the rest is not known, but from what they leave."""
+    if tail == "renormalise":
+        return log_probs_CK - log_probs_CK.logsumexp(-1, keepdim=True)
+    if tail == "drop":
+        return log_probs_CK
+    inside_C1 = log_probs_CK.double().exp().sum(-1, keepdim=True)
+    # Sums of float32 probabilities miss 1 by as much, so no rest is known to be smaller.
+    rest_C1 = (1.0 - inside_C1).clamp(min=MIN_REST).log()
+    return torch.cat([log_probs_CK, rest_C1.to(log_probs_CK)], dim=-1)
+
+
 def score_function(student_CV: Tensor, teacher_CV: Tensor, response_C: Tensor) -> Tensor:
     """Reverse KL estimated from the sampled token: value log p/q, gradient (log p/q) grad log p.
 
@@ -132,7 +203,11 @@ def score_function(student_CV: Tensor, teacher_CV: Tensor, response_C: Tensor) -
     """
     taken_C = response_C.unsqueeze(-1)
     student_C = student_CV.gather(-1, taken_C).squeeze(-1)
-    advantage_C = student_C.detach() - teacher_CV.gather(-1, taken_C).squeeze(-1)
+    return _advantage(student_C, teacher_CV.gather(-1, taken_C).squeeze(-1))
+
+
+def _advantage(student_C: Tensor, teacher_C: Tensor) -> Tensor:
+    advantage_C = student_C.detach() - teacher_C
     return advantage_C * (1.0 + student_C - student_C.detach())
 
 

@@ -40,7 +40,7 @@ def roll_out(parts: Parts, step: int) -> Rollouts:
     answered = list(answer_as_teacher(parts, step))
     _, asked = draw_pairs(parts, step)
     config = parts.config
-    if asked or parts.in_shards:
+    if asked or parts.keeps_step:
         parts.engine.use("student", step)
         answered += answer(config, parts.engine, asked, sampling_of(config, step))
     if config.game is None:
@@ -116,10 +116,10 @@ def play_tasks(parts: Parts, step: int) -> Played:
     taught, asked = dict(parts.own(boards[:cut])), dict(parts.own(boards[cut:], cut))
     sampling = sampling_of(parts.config, step)
     found: list[Played] = []
-    if taught or (cut and parts.in_shards):
+    if taught or (cut and parts.keeps_step):
         parts.teacher_engine.use("base", 0)
         found.append(play(parts, parts.teacher_engine, taught, sampling, "teacher"))
-    if asked or (cut < len(boards) and parts.in_shards):
+    if asked or (cut < len(boards) and parts.keeps_step):
         parts.engine.use("student", step)
         found.append(play(parts, parts.engine, asked, sampling, "student"))
     return Played(
@@ -132,7 +132,7 @@ def play_returned(parts: Parts, step: int) -> Played:
     """This process's boards of a step that the base plays with the context."""
     named = name_episodes(draw_returned(parts, step), "/context_return")
     own = dict(parts.own(list(named.items()), len(draw_tasks(parts, step))))
-    if not named or (not own and not parts.in_shards):
+    if not named or (not own and not parts.keeps_step):
         return Played(())
     parts.engine.use("base", 0)
     return play(parts, parts.engine, own, sampling_of(parts.config, step), "teacher")
@@ -210,7 +210,7 @@ def answer_as_teacher(parts: Parts, step: int) -> list[Answered]:
         for s, pair in taught:
             groups[which.get(pair.origin, 1), pair.origin == "anchor"].append((s, pair))
         for (number, _), mine in groups.items():
-            if not mine and not parts.in_shards:
+            if not mine and not parts.keeps_step:
                 continue
             engine = engines[number]
             engine.use("base", 0)

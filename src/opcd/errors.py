@@ -21,6 +21,7 @@ The tree, with the exit code that the command line gives it:
         |-- CheckpointError                  a checkpoint that cannot be written or trusted
         |-- DivergedError                    loss or gradient not finite too often
         |-- RolloutError                     an engine gave responses that cannot be trained on
+        |-- ServerError                      a server that generates or scores cannot be used
         |-- ExtractorError                   a model that was to write items cannot be asked
         |-- NothingLearnedError              no experience is seen to help, so none is baked in
         |-- ExportError                      an exported model that does not answer like its run
@@ -102,6 +103,10 @@ class DivergedError(RunError):
 
 class RolloutError(RunError):
     """An engine returned responses that cannot be trained on."""
+
+
+class ServerError(RunError):
+    """A server that generates or scores is gone, refuses, or talks nonsense."""
 
 
 class ExtractorError(RunError):

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from opcd.adapters import causal_model, in_shards
 from opcd.batching import WIDTH_STEP, Batch, Side
-from opcd.chunking import Head, chunked_stats
+from opcd.chunking import Head, TeacherScore, stats_against
 from opcd.config.training import Loss
 from opcd.divergence import TokenStats
 from opcd.errors import ModelError
@@ -51,12 +51,12 @@ class Distiller(nn.Module):
         super().__init__()
         self.student = student
 
-    def forward(self, batch: Batch, teacher_TD: Tensor, head: Head, loss: Loss) -> TokenStats:
+    def forward(self, batch: Batch, teacher: TeacherScore, loss: Loss) -> TokenStats:
         """Statistics of each response token, `divergence_T` with its gradient."""
         with _lora_inputs_uncast(self.student):
             student_TD = hidden_states(self.student, batch.student)
         own_head = output_head(self.student)
-        return chunked_stats(student_TD, own_head, teacher_TD, head, batch.response_T, loss)
+        return stats_against(student_TD, own_head, teacher, batch.response_T, loss)
 
     def run(self, work: Callable[[], T]) -> T:
         """Do other work with the student where its parameters are as whole as in `forward`."""

@@ -24,19 +24,26 @@ from opcd.runs import (
     read_jsonl,
     write_json,
 )
+from opcd.serving import answered_here
 from opcd.training import Outcome
 from opcd.types import Context, Message, Task
 
 
-def open_baked(path: Path) -> tuple[RunFolder, Parts, int]:
+def open_baked(path: Path, scored: bool = False) -> tuple[RunFolder, Parts, int]:
     """A run's parts with its best weights in the student, and the step these are from.
+
+    Answers are sampled here, also those of a run whose rollouts came from servers.
+
+    Args:
+        path: the run's folder.
+        scored: whether answers will be compared with the teacher's, wherever that is.
 
     Raises:
         InputError: the path is no run, or one without a best step.
     """
     folder, config = open_run(path)
     best = read_best(folder)
-    parts = assemble(config)
+    parts = assemble(answered_here(config, scored))
     load_weights(parts.student, folder.best)
     return folder, parts, best["step"]
 
@@ -52,7 +59,7 @@ def gap_of(config: Run) -> dict[str, Any]:
 
 def evaluate_run(path: Path, split: str = "test") -> Evaluation:
     """Measure a run's best weights on a split, and write `evaluation.json` and `answers.jsonl`."""
-    return evaluate_best(*open_baked(path), split)
+    return evaluate_best(*open_baked(path, scored=True), split)
 
 
 def evaluate_outcome(outcome: Outcome, split: str = "test") -> Evaluation:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from opcd.assembly import Parts
-from opcd.chunking import chunked_stats
+from opcd.chunking import stats_against
 from opcd.coaching import coach_items
 from opcd.config.training import Loss
 from opcd.distill import batch_of, cut_portions, portions_of
@@ -15,6 +15,7 @@ from opcd.drawing import answer, name_episodes, play, turns_of
 from opcd.envs.episodes import Episode
 from opcd.errors import TaskError
 from opcd.items import Item
+from opcd.remote import RemoteTeacher
 from opcd.rollouts.engine import Policy, Sampling
 from opcd.types import Answered, Condition, PromptPair, Score
 
@@ -156,7 +157,7 @@ def score(
     parts.distiller.eval()
     for portion in portions_of(parts, answered):
         teacher, batch = batch_of(parts, portion.answered, portion.origin)
-        stats = parts.distiller(batch, teacher.hidden(batch.teacher), teacher.head, loss)
+        stats = parts.distiller(batch, teacher.score(batch), loss)
         if portion.counts:
             yield portion.answered, stats
 
@@ -168,9 +169,8 @@ def score_base(
     """The same for the base model in the student's place: what the context alone changes."""
     for portion in cut_portions(answered, parts.config.batch.rows_per_forward):
         teacher, batch = batch_of(parts, portion)
-        teacher_TD, base_TD = teacher.hidden(batch.teacher), parts.base.hidden(batch.student)
-        sides = base_TD, parts.base.head, teacher_TD, teacher.head
-        yield portion, chunked_stats(*sides, batch.response_T, loss)
+        sides = parts.base.hidden(batch.student), parts.base.head, teacher.score(batch)
+        yield portion, stats_against(*sides, batch.response_T, loss)
 
 
 @torch.no_grad()
@@ -180,8 +180,11 @@ def teacher_margins(
     """How far the teacher's likeliest token is ahead of the next, in nats, at each token."""
     for portion in cut_portions(answered, parts.config.batch.rows_per_forward):
         teacher, batch = batch_of(parts, portion)
-        chunks = teacher.hidden(batch.teacher).split(parts.config.loss.chunk_tokens)
-        first_two_T2 = torch.cat([teacher.head(chunk_CD).topk(2).values for chunk_CD in chunks])
+        if isinstance(teacher, RemoteTeacher):
+            first_two_T2 = teacher.listed(batch, 2).log_probs_TK
+        else:
+            chunks = teacher.hidden(batch.teacher).split(parts.config.loss.chunk_tokens)
+            first_two_T2 = torch.cat([teacher.head(chunk).topk(2).values for chunk in chunks])
         apart_T = first_two_T2[:, 0] - first_two_T2[:, 1]
         yield from zip(portion, by_row(apart_T, portion), strict=True)
 

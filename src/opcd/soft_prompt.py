@@ -23,6 +23,7 @@ from opcd.drawing import prompt_of
 from opcd.items import Item
 from opcd.models import PLAIN_ATTENTION_TOKENS, attention, output_head
 from opcd.prefix_cache import SharedPrefix, keep_prefix
+from opcd.remote import RemoteTeacher
 from opcd.responses import Response, grade
 from opcd.rollouts.engine import Sampling
 from opcd.rollouts.hf import decode
@@ -92,7 +93,9 @@ def accumulate(parts: Parts, tuned: Any, answered: Sequence[Answered]) -> float:
     loss = parts.config.loss.model_copy(
         update={"direction": "forward_kl", "warmup": None, "support": ExactSupport()}
     )
-    teacher = parts.base if parts.teacher.moves else parts.teacher
+    teacher = parts.teacher
+    if isinstance(teacher, RemoteTeacher) or teacher.moves:
+        teacher = parts.base
     by_sequence = loss.reduction == "sequence"
     total = len(answered) if by_sequence else sum(len(a.rollout.response_ids) for a in answered)
     sum_nats = 0.0

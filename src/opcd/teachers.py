@@ -5,6 +5,7 @@
     ema           a running mean of the student
     refresh       a snapshot of the student, renewed every so many steps
     live          the student itself
+    remote        a model on a server, which `remote` speaks to
 
 Only the first two stand still, so only they can read a shared context once for the whole run; the
 others read it once for each batch.
@@ -21,11 +22,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from opcd.adapters import adapter_off, trainable
-from opcd.batching import Side
-from opcd.chunking import Head
+from opcd.batching import Batch, Side
+from opcd.chunking import Head, Hidden, TeacherScore
 from opcd.config import training
 from opcd.divergence import divergence
-from opcd.errors import ConfigError
 from opcd.models import compute_dtype, hidden_states, output_head, why_no_prefix
 from opcd.openings import Ids, Openings, find_openings, in_passes
 from opcd.prefix_cache import SharedPrefix, forward_after_prefix, read_prefix
@@ -39,13 +39,12 @@ WHOLE_TOKENS = 2**15
 
 
 class Teacher(Protocol):
-    """What the distillation step asks of a teacher."""
+    """What the distillation step asks of a teacher, here or on a server."""
 
-    head: Head
     moves: bool
 
-    def hidden(self, side: Side) -> Tensor:
-        """`hidden_TD` at the response positions, without gradient."""
+    def score(self, batch: Batch) -> TeacherScore:
+        """What it says of the response tokens."""
         ...
 
     def after_step(self, step: int) -> None:
@@ -138,6 +137,10 @@ class LocalTeacher:
 
         trained = any(p.requires_grad for p in self.model.get_output_embeddings().parameters())
         self.head = own_head if trained else head
+
+    def score(self, batch: Batch) -> TeacherScore:
+        """What it says of the response tokens, its head not yet applied."""
+        return Hidden(self.hidden(batch.teacher), self.head)
 
     @torch.no_grad()
     def hidden(self, side: Side) -> Tensor:
@@ -295,9 +298,6 @@ def build_teacher(
         frozen: the other model, for `frozen`.
         autocast: the precision in which teachers run.
         prefix_bytes: keys and values of shared openings that it may keep.
-
-    Raises:
-        ConfigError: the table describes a server, which this version does not speak to.
     """
     match config:
         case training.AdapterOff():
@@ -312,10 +312,7 @@ def build_teacher(
         case training.Refresh(every_steps=every):
             shadow = Shadow(student, lambda step, copy, live: _renew(step, every, copy, live))
         case training.Remote():
-            raise ConfigError(
-                "teacher.type = 'remote': this version trains with local teachers only; write "
-                'teacher.type = "adapter_off" or "frozen"'
-            )
+            raise AssertionError("a teacher on a server is no model here: see opcd.remote")
     return LocalTeacher(student, shadow.in_place, autocast, True, shadow, prefix_bytes)
 
 

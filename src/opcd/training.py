@@ -5,10 +5,9 @@ Drives `opcd.distill`: validates, keeps the best weights, writes checkpoints, st
 
 import math
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,11 @@ from opcd.assembly import Parts, assemble
 from opcd.checking import check_context
 from opcd.config import Run, differences
 from opcd.distill import StepReport, Trainer, distill
-from opcd.errors import CheckpointError, ConfigError, RunFolderError
+from opcd.errors import CheckpointError, ConfigError, RolloutError, RunFolderError, ServerError
 from opcd.evaluation import validate
+from opcd.interruption import Interruption
 from opcd.launch import (
     build_accelerator,
-    most,
     on_main,
     sharding_of,
     summed,
@@ -34,40 +33,16 @@ from opcd.launch import (
 )
 from opcd.runs import RunFolder, check_free, create_run, open_run, rewind_jsonl, write_json
 from opcd.sharding import give, weights_by_name
+from opcd.teachers import LocalTeacher
 from opcd.tracking import Tracker
 from opcd.types import Answered
 
-FREE_TO_CHANGE = ("checkpoint.", "tracking.", "launch.", "out")
+OF_SERVERS = ("servers", "key_env", "timeout_s", "retries", "parallel", "weights_folder")
+FREE_TO_CHANGE = (
+    *("checkpoint.", "tracking.", "launch.", "out"),
+    *(f"{table}.{key}" for table in ("rollout", "teacher") for key in OF_SERVERS),
+)
 """Keys that a resumed run may have other values for, since no result depends on them."""
-
-
-@dataclass
-class Interruption:
-    """Whether somebody asked the run to stop, by Ctrl-C or SIGTERM."""
-
-    signals: list[int] = field(default_factory=list)
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take the signals as requests to stop after the step; a second one stops at once."""
-        before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def heard(self, accelerator: Any) -> bool:
-        """Whether any process was asked to stop; they all hear of it at the same step."""
-        asked = int(most(accelerator, [max(self.signals, default=0)])[0])
-        if asked and not self.signals:
-            self.signals.append(asked)
-        return bool(asked)
-
-    def _note(self, number: int, _: Any) -> None:
-        if self.signals:
-            raise KeyboardInterrupt
-        self.signals.append(number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,18 +97,55 @@ def _train(parts: Parts, trainer: Trainer, best: dict[str, Any], folder: RunFold
     ):
         for note in parts.notes:
             tracker.say(note)
+        best = take_steps(parts, trainer, best, folder, tracker, interruption)
+    early = trainer.step < config.steps
+    stopped_by = interruption.signals[0] if interruption.signals and early else None
+    return Outcome(folder, trainer.step, best, stopped_by, parts)
+
+
+def take_steps(
+    parts: Parts,
+    trainer: Trainer,
+    best: dict[str, Any],
+    folder: RunFolder,
+    tracker: Tracker,
+    interruption: Interruption,
+) -> dict[str, Any]:
+    """Train until all steps are done, or somebody asks to stop; returns the best so far.
+
+    Raises:
+        RolloutError: responses cannot be trained on; the steps before are saved.
+        ServerError: a server cannot be used any longer; the steps before are saved.
+    """
+    config, random = parts.config, checkpoint.random_state()
+    try:
+        if trainer.owes_validation:
+            best = choose_best(parts, trainer, best, folder, tracker)
+            write_checkpoint(parts, trainer, best, folder)
         for report in distill(parts, trainer):
-            tracker.step(report.metrics, sample_rollouts(parts, report))
-            stop = interruption.heard(parts.accelerator)
+            show(parts, report, tracker)
+            random, stop = checkpoint.random_state(), interruption.heard(parts.accelerator)
             if due(trainer.step, config.evaluation.every_steps, config.steps):
-                best = choose_best(parts, trainer.step, best, folder, tracker)
+                best = choose_best(parts, trainer, best, folder, tracker)
             if stop or due(trainer.step, config.checkpoint.every_steps, config.steps):
                 write_checkpoint(parts, trainer, best, folder)
             if stop:
                 break
-    early = trainer.step < config.steps
-    stopped_by = interruption.signals[0] if interruption.signals and early else None
-    return Outcome(folder, trainer.step, best, stopped_by, parts)
+    except (RolloutError, ServerError) as error:
+        # Of several processes, all have to write; only a RolloutError comes to all of them.
+        if isinstance(error, RolloutError) or parts.accelerator.num_processes == 1:
+            checkpoint.restore_random(random)
+            write_checkpoint(parts, trainer, best, folder)
+            tracker.say(f"stopped after step {trainer.step}, which is saved")
+        raise
+    return best
+
+
+def show(parts: Parts, report: StepReport, tracker: Tracker) -> None:
+    """Write down what a step did, and what trouble it had."""
+    tracker.step(report.metrics, sample_rollouts(parts, report))
+    for trouble in report.troubles:
+        tracker.say(f"step {report.metrics['step'] + 1}: {trouble}")
 
 
 @contextmanager
@@ -185,7 +197,8 @@ def spread(parts: Parts) -> None:
         parts.distiller = summed(parts.accelerator, parts.distiller)
         return
     check_shardable(parts.config)
-    own, teachers = parts.distiller, {id(t): t for t in (parts.teacher, parts.base)}.values()
+    local = [t for t in (parts.teacher, parts.base) if isinstance(t, LocalTeacher)]
+    own, teachers = parts.distiller, {id(t): t for t in local}.values()
 
     def in_student(work: Callable[[], Tensor]) -> Tensor:
         # Looked up when it is called: cutting the student gives it another `run`.
@@ -218,16 +231,19 @@ def check_shardable(config: Run) -> None:
 
 
 def choose_best(
-    parts: Parts, done: int, best: dict[str, Any], folder: RunFolder, tracker: Tracker
+    parts: Parts, trainer: Trainer, best: dict[str, Any], folder: RunFolder, tracker: Tracker
 ) -> dict[str, Any]:
     """Validate, and keep these weights if they are the best so far.
 
     Without a validation split, the last step is kept, and said to be no choice.
     """
+    done = trainer.step
     if "validation" not in parts.items:
         found: dict[str, Any] = {"step": done, "chosen_by": "last step, no validation split"}
     else:
+        trainer.owes_validation = True
         metrics = validate(parts, done - 1)
+        trainer.owes_validation = False
         tracker.validated(metrics)
         name = "kl_nats_per_token"
         if parts.config.is_graded:
@@ -282,6 +298,7 @@ def write_checkpoint(
             "optimizer_groups": groups,
             "scheduler": trainer.scheduler.state_dict(),
             "skipped_steps": trainer.skipped_steps,
+            "owes_validation": trainer.owes_validation,
             "best": best,
         },
     )
@@ -309,6 +326,7 @@ def restore(parts: Parts, trainer: Trainer, folder: RunFolder) -> dict[str, Any]
     parts.teacher.load_state(dict(snapshot.tensors["teacher"]))
     checkpoint.restore_random(snapshot.tensors["random"], parts.accelerator.process_index)
     trainer.step, trainer.skipped_steps = snapshot.step, snapshot.facts["skipped_steps"]
+    trainer.owes_validation = snapshot.facts.get("owes_validation", False)
 
     def rewind() -> None:
         for path in (folder.metrics, folder.rollouts, folder.validation):

@@ -84,6 +84,9 @@ class Rollout:
     """Whether the response ended by itself, rather than at `max_new_tokens`."""
     hidden_TD: Any = field(default=None, compare=False, repr=False)
     """The states its tokens were chosen from, if they were to be kept (`Prompt.keep_hidden`)."""
+    log_probs: tuple[float, ...] | None = field(default=None, compare=False, repr=False)
+    """The student's log-probabilities of its tokens at temperature 1, if its engine is another
+    program than the trainer: what the trainer makes of them tells whether their weights agree."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,7 @@ def check_files(run: Run) -> None:
         TaskError: a task file is missing or empty.
     """
     for key, path in _paths_of(run):
-        if key in ("experience.instructions", "context.instructions") or (
+        if key in ("experience.instructions", "context.instructions", "rollout.weights_folder") or (
             key == "experience.store" and not _starts_from_store(run)
         ):
             continue

@@ -3,14 +3,16 @@
 Nothing here imports torch, so that a mistake in a run is told in a fraction of a second.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from opcd.config import inputs, training
 from opcd.config.experience import Experience, check_beside
 from opcd.config.games import GameConfig
+from opcd.config.rollouts import Rollout, RolloutConfig
 from opcd.config.section import Count, Section
 
 
@@ -32,7 +34,7 @@ class Run(Section):
     experience: Experience | None = None
     """Where the context is not given, but learned."""
     rendering: training.Rendering = training.Rendering()
-    rollout: training.Rollout = training.Rollout()
+    rollout: RolloutConfig = Rollout()
     loss: training.Loss = training.Loss()
     teacher: training.TeacherConfig = training.AdapterOff()
     optimizer: training.Optimizer = training.Optimizer()
@@ -80,6 +82,11 @@ class Run(Section):
         """The largest share of a step's tasks and anchors that their teachers answer."""
         of_warmup = self.loss.warmup.teacher_fraction if self.loss.warmup else None
         return max(self.rollout.teacher_fraction, of_warmup or 0.0)
+
+    @field_validator("rollout", mode="before")
+    @classmethod
+    def _rollouts_are_local_unless_said(cls, value: Any) -> Any:
+        return {"type": "hf", **value} if isinstance(value, Mapping) else value
 
     @model_validator(mode="after")
     def _asks_tasks_or_plays_a_game(self) -> Self:
@@ -146,13 +153,40 @@ class Run(Section):
         return self
 
     @model_validator(mode="after")
-    def _sections_fit_each_other(self) -> Self:
-        if self.teacher.type == "remote" and self.loss.support.type == "exact":
+    def _remote_teacher_can_say_it(self) -> Self:
+        if not isinstance(self.teacher, training.Remote):
+            return self
+        support, asked = self.loss.support, self.teacher.ask
+        if support.type == "exact":
             raise ValueError(
                 "loss.support is exact but teacher.type is remote: a server returns a few "
                 "log-probabilities a token, never the whole vocabulary; write "
                 'loss.support = {type = "top_k", of = "teacher"}'
             )
+        if support.type == "top_k" and support.of == "union":
+            raise ValueError(
+                'loss.support.of = "union" but teacher.type is remote: a server lists its own '
+                'likeliest tokens or scores yours, not both; write of = "teacher" or "student"'
+            )
+        if self.loss.temperature != 1.0:
+            raise ValueError(
+                f"loss.temperature = {self.loss.temperature} but teacher.type is remote: a server "
+                "returns log-probabilities of temperature 1 alone; write loss.temperature = 1.0"
+            )
+        if asked == "student_top_k" and (support.type != "top_k" or support.of != "student"):
+            raise ValueError(
+                'teacher.ask = "student_top_k" but loss.support is not the student\'s top-k; write '
+                'loss.support = {type = "top_k", of = "student"}'
+            )
+        if asked == "sampled" and support.type != "sampled":
+            raise ValueError(
+                'teacher.ask = "sampled" tells one token\'s log-probability, but loss.support sums '
+                'over more; write loss.support = {type = "sampled"}'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sections_fit_each_other(self) -> Self:
         answers = self.most_teacher_answers
         if answers and self.loss.support.type == "sampled":
             raise ValueError(

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from opcd.config.section import Count, NonNegative, Positive, Section, Share
+from opcd.config.servers import Remote
 
 Direction = Literal["reverse_kl", "forward_kl", "jsd"]
 
@@ -61,22 +62,6 @@ class Rendering(Section):
     student_thinking: bool | None = None
     """`enable_thinking` of the chat template; unset leaves it to the template."""
     teacher_thinking: bool | None = None
-
-
-class Rollout(Section):
-    """How responses are sampled."""
-
-    type: Literal["hf"] = "hf"
-    max_new_tokens: Count = 64
-    temperature: Positive = 1.0
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    batch_rows: Count = 64
-    """Sequences decoded together."""
-    teacher_fraction: Share = 0.0
-    """Share of the prompts answered by their teachers, tasks by the one that sees the context and
-    anchors by the base model: 1 is off-policy."""
-    max_truncated_fraction: Share = 1.0
-    """Stop the run where more responses of a step than this are cut by `max_new_tokens`."""
 
 
 class ExactSupport(Section):
@@ -170,13 +155,6 @@ class Refresh(Section):
 
     type: Literal["refresh"] = "refresh"
     every_steps: Count = 30
-
-
-class Remote(Section):
-    """A server that scores tokens."""
-
-    type: Literal["remote"] = "remote"
-    url: str
 
 
 TeacherConfig = Annotated[

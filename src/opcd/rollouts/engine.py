@@ -40,10 +40,14 @@ class Sampling:
     top_k: int | None = None
     """`None` leaves the whole vocabulary."""
 
+    def seed_of(self, prompt: Prompt) -> int:
+        """The number that decides how a prompt is answered; below 2**63."""
+        digest = hashlib.sha256(f"{self.seed}{prompt.draw}/{prompt.task_id}".encode()).digest()
+        return int.from_bytes(digest[:8], "little") >> 1
+
     def uniforms(self, prompt: Prompt, count: int) -> Tensor:
         """One number in [0, 1) for each of the response's first `count` tokens."""
-        digest = hashlib.sha256(f"{self.seed}{prompt.draw}/{prompt.task_id}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        generator = torch.Generator().manual_seed(self.seed_of(prompt))
         return torch.rand(count, generator=generator, dtype=torch.float64)
 
 

@@ -1,0 +1,57 @@
+"""Servers of models, as vLLM runs them: where they are, and how patiently they are asked."""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from opcd.config.section import Count, NonNegative, Positive, Section
+
+
+class Servers(Section):
+    """One server or many of the same model; requests are spread over them."""
+
+    servers: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Such as `["http://localhost:8000"]`; no user name or key in it."""
+    model: str | None = None
+    """The name the servers know the model by; needed only where they serve several."""
+    key_env: str | None = None
+    """The environment variable that holds the key; the key itself is never written anywhere."""
+    timeout_s: Positive = 300.0
+    """How long one answer may take."""
+    retries: NonNegative = 6
+    """How often a request is sent again after a failure that may pass, 1, 2, 4 ... 30 s later."""
+    parallel: Count = 64
+    """Requests under way together at each server."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _holds_no_secret(cls, data: Any) -> Any:
+        # Before the fields: their own errors would show what was written, which may be the key.
+        if not isinstance(data, Mapping):
+            return data
+        listed = data.get("servers", ())
+        urls = (listed,) if isinstance(listed, str) else tuple(listed)
+        if not all(re.fullmatch(r"https?://[^\s@?#/]+(/[^\s@?#]*)?", str(url)) for url in urls):
+            raise ValueError(
+                "servers holds something that is no address of a server: each must begin with "
+                "http:// or https:// and have no user name, key or query; write for example "
+                'servers = ["http://localhost:8000"], and key_env for a key'
+            )
+        if not re.fullmatch(r"[A-Za-z_]\w*", str(data.get("key_env") or "unset"), re.ASCII):
+            raise ValueError(
+                "key_env is no name of an environment variable; put the key into one and write "
+                'its name, for example key_env = "VLLM_API_KEY"'
+            )
+        return {**data, "servers": urls} if urls else data
+
+
+class Remote(Servers):
+    """A model on a server scores the responses, with as much as the server can tell of it."""
+
+    type: Literal["remote"] = "remote"
+    ask: Literal["auto", "student_top_k", "teacher_top_k", "sampled"] = "auto"
+    """What is asked of each token: the log-probabilities of the student's own likeliest tokens
+    (`prompt_logprob_token_ids`, on a GPU), of the teacher's (`prompt_logprobs`), or of the sampled
+    token alone. `auto` takes the first of these that `loss.support` wants and the server can do."""

@@ -1,0 +1,332 @@
+"""A teacher on vLLM servers: the log-probabilities that they tell of a response's tokens.
+
+By what the servers can do, found out before the first step:
+
+    student_top_k   of the student's own likeliest tokens (`prompt_logprob_token_ids`)
+    teacher_top_k   of the teacher's own, the rest of its mass as one class (`prompt_logprobs`)
+    sampled         of the sampled token alone
+
+Every prompt is sent whole; a context that prompts share is the servers' own to read once.
+"""
+
+import base64
+import io
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import numpy
+import torch
+from torch import Tensor
+
+from opcd.batching import Batch
+from opcd.chunking import Asked, TeacherScore
+from opcd.config.training import Loss, Remote, TopK
+from opcd.divergence import ABSENT, Listed
+from opcd.errors import ConfigError, ServerError
+from opcd.models import PROBES
+from opcd.openings import Openings
+from opcd.servers import (
+    Refusal,
+    Server,
+    check_room,
+    check_tokenizer,
+    connect,
+    find_model,
+    spread,
+)
+
+T = TypeVar("T")
+Level = Literal["student_top_k", "teacher_top_k", "sampled"]
+
+MEANING: dict[Level, str] = {
+    "student_top_k": "scores the student's own {k} likeliest tokens",
+    "teacher_top_k": "tells its own {k} likeliest tokens; the rest is one class (a bucket)",
+    "sampled": "tells the log-probability of the sampled token alone",
+}
+
+
+PROBE_TOKENS = 8
+"""Of a prompt, on which a server is tried."""
+
+
+class Scored(NamedTuple):
+    """One response's tokens, as a server scores them."""
+
+    ids: list[list[int]]
+    log_probs: list[list[float]]
+    sampled: list[float]
+
+
+class Row(NamedTuple):
+    """A prompt with its response: the last `tokens` of `ids`."""
+
+    ids: list[int]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class RemoteTeacher:
+    """A teacher that stands still, far away."""
+
+    servers: Sequence[Server]
+    model: str
+    level: Level
+    k: int
+    vocabulary: int
+    parallel: int = 64
+    moves: bool = False
+    openings: Openings = field(default_factory=Openings)
+    """None: what prompts share is the servers' affair."""
+
+    def score(self, batch: Batch) -> TeacherScore:
+        """What the loss gets to know of the teacher at the response tokens."""
+        if self.level == "student_top_k":
+            return Asked(self.k, lambda ids_TK: self.told_of(batch, ids_TK))
+        return self.listed(batch, self.k if self.level == "teacher_top_k" else 0)
+
+    def listed(self, batch: Batch, k: int) -> Listed:
+        """The teacher's `k` likeliest tokens at each position; of 0, the sampled one alone."""
+        rows = rows_of(batch)
+        return join(self._spread(rows, lambda server, row: self.ask_list(server, row, k)))
+
+    def told_of(self, batch: Batch, ids_TK: Tensor) -> Listed:
+        """The teacher's log-probabilities of the ids it is asked for, and of the sampled token."""
+        rows = rows_of(batch)
+        asked = ids_TK.cpu().split([row.tokens for row in rows])
+        with_ids = [(row, ids.tolist()) for row, ids in zip(rows, asked, strict=True)]
+        return join(self._spread(with_ids, lambda server, one: self.ask_ids(server, *one)))
+
+    def after_step(self, step: int) -> None:
+        """It does not move."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing to give back."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Nothing to continue from."""
+
+    def ask_list(self, server: Server, row: Row, k: int) -> Scored:
+        """One response's tokens with the `k` likeliest at each.
+
+        Raises:
+            Refusal: the server does not do this.
+        """
+        body = {
+            "model": self.model,
+            "prompt": row.ids,
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "prompt_logprobs": k,
+        }
+        return server.ask(
+            "/v1/completions",
+            body,
+            lambda reply: read_prompt_logprobs(reply, row, k, self.vocabulary),
+        )
+
+    def ask_ids(self, server: Server, row: Row, ids: list[list[int]]) -> Scored:
+        """One response's tokens, and the given ones at each.
+
+        Raises:
+            Refusal: the server does not do this.
+        """
+        # The sampled token goes along, so that it is known even where it is an unlikely one.
+        response = row.ids[-row.tokens :]
+        asked = [[*own, token] for own, token in zip(ids, response, strict=True)]
+        body = {
+            "model": self.model,
+            "token_ids": row.ids,
+            "sampling_params": {
+                "max_tokens": 1,
+                "temperature": 0.0,
+                "prompt_logprob_token_ids": asked,
+                "prompt_logprob_start": len(row.ids) - row.tokens - 1,
+            },
+        }
+
+        def read(reply: Any) -> Scored:
+            table = read_scores(reply["prompt_token_id_logprobs"], row.tokens, len(asked[0]))
+            return Scored(ids, [line[:-1] for line in table], [line[-1] for line in table])
+
+        return server.ask("/inference/v1/generate", body, read)
+
+    def _spread(self, asked: Sequence[T], ask: Callable[[Server, T], Scored]) -> list[Scored]:
+        def trusting(server: Server, thing: T) -> Scored:
+            try:
+                return ask(server, thing)
+            except Refusal as refusal:
+                raise ServerError(
+                    f"{server.url} does not score any longer: {words_of(refusal)}; see to the "
+                    "server, then continue with --resume"
+                ) from None
+
+        return spread(self.servers, asked, self.parallel, trusting)
+
+
+def rows_of(batch: Batch) -> list[Row]:
+    """Each teacher prompt of a batch with its response."""
+    side, rows = batch.teacher, []
+    counts = torch.bincount(side.row_T, minlength=batch.sequences).tolist()
+    ends = torch.tensor(counts).cumsum(0).sub(1).tolist()
+    for row, (count, end) in enumerate(zip(counts, ends, strict=True)):
+        last = int(side.column_T[end])
+        # The last response token predicts nothing here, and so is not on the side.
+        read = side.ids_BS[row, : last + 1].tolist()
+        rows.append(Row([*read, int(batch.response_T[end])], count))
+    return rows
+
+
+def read_prompt_logprobs(reply: Any, row: Row, k: int, vocabulary: int) -> Scored:
+    """The response tokens' part of vLLM's `prompt_logprobs`.
+
+    Raises:
+        ValueError: it does not belong to this row, or means nothing.
+    """
+    told = reply["choices"][0]["prompt_logprobs"]
+    if len(told) != len(row.ids):
+        raise ValueError(f"{len(told)} positions instead of {len(row.ids)}")
+    found = Scored([], [], [])
+    for token, entries in zip(row.ids[-row.tokens :], told[-row.tokens :], strict=True):
+        known = {int(i): float(entry["logprob"]) for i, entry in entries.items()}
+        _check_log_probs(known.values())
+        if not all(0 <= i < vocabulary for i in known):
+            raise ValueError(f"an id that is none of {vocabulary}")
+        if len(known) < k:
+            raise ValueError(f"{len(known)} tokens instead of {k}")
+        found.sampled.append(known[token])
+        first = sorted(known, key=lambda i: -known[i])[:k] if k else [token]
+        found.ids.append(first)
+        found.log_probs.append([known[i] for i in first])
+    return found
+
+
+def read_scores(encoded: str, rows: int, columns: int) -> list[list[float]]:
+    """A table of scores, as vLLM sends it: an array file in base 64.
+
+    Raises:
+        ValueError: it has another shape, or holds what is no log-probability.
+    """
+    table = numpy.load(io.BytesIO(base64.b64decode(encoded)), allow_pickle=False)
+    if table.shape != (rows, columns):
+        raise ValueError(f"a table of {table.shape} instead of {(rows, columns)}")
+    # A log-probability of -inf is one that rounds to nothing.
+    found = numpy.maximum(table.astype(float), ABSENT).tolist()
+    for line in found:
+        _check_log_probs(line)
+    return found
+
+
+def join(found: Sequence[Scored]) -> Listed:
+    """Rows of several responses as tensors."""
+    ids = [line for one in found for line in one.ids]
+    log_probs = [line for one in found for line in one.log_probs]
+    sampled = [value for one in found for value in one.sampled]
+    return Listed(torch.tensor(ids), torch.tensor(log_probs), torch.tensor(sampled))
+
+
+def meet_teacher(
+    config: Remote, loss: Loss, tokenizer: Any, vocabulary: int, prompt_ids: Sequence[int]
+) -> tuple[RemoteTeacher, list[str]]:
+    """Find out what the servers can do, and take the best of it that the loss wants.
+
+    Args:
+        config: the `[teacher]` table.
+        loss: what is to be computed.
+        tokenizer: the student's.
+        vocabulary: how many ids there are.
+        prompt_ids: the run's longest teacher prompt; the servers are tried on its first tokens.
+
+    Returns:
+        The teacher, and notes for the user.
+
+    Raises:
+        InputError: a server serves something else, or cannot do what was asked for.
+    """
+    servers = connect(config, "teacher")
+    served = [find_model(server, config.model) for server in servers]
+    if len({found.model for found in served}) > 1:
+        raise ConfigError(
+            f"teacher.servers serve different models, {sorted({f.model for f in served})}; give "
+            "servers of one, or start them with one --served-model-name"
+        )
+    for server, found in zip(servers, served, strict=True):
+        check_tokenizer(server, found.model, tokenizer, PROBES)
+        check_room(server, found, len(prompt_ids), 1)
+    k = loss.support.k if isinstance(loss.support, TopK) else 0
+    model = served[0].model
+    teacher = RemoteTeacher(servers, model, "sampled", k, vocabulary, config.parallel)
+    level, refused = find_level(teacher, wanted_levels(config, loss), prompt_ids[:PROBE_TOKENS])
+    urls = ", ".join(server.url for server in servers)
+    notes = [
+        f"the teacher is {model!r} on {urls}: it {MEANING[level].format(k=k)}",
+        *refused,
+        "KL figures are those of the listed tokens, all others taken as one: a lower bound",
+    ]
+    return replace(teacher, level=level), notes
+
+
+def wanted_levels(config: Remote, loss: Loss) -> list[Level]:
+    """What may be asked for the loss's sake, the best first."""
+    if config.ask != "auto":
+        return [config.ask]
+    if not isinstance(loss.support, TopK):
+        return ["sampled"]
+    levels: list[Level] = ["student_top_k"] if loss.support.of == "student" else []
+    levels.append("teacher_top_k")
+    directions = {loss.direction, loss.warmup.direction if loss.warmup else loss.direction}
+    return [*levels, "sampled"] if directions == {"reverse_kl"} else levels
+
+
+def find_level(
+    teacher: RemoteTeacher, wanted: Sequence[Level], prompt_ids: Sequence[int]
+) -> tuple[Level, list[str]]:
+    """The first of some levels that all servers can do, and why not one before it.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    refused: list[str] = []
+    for level in wanted:
+        reasons = [_why_not(teacher, server, level, prompt_ids) for server in teacher.servers]
+        if not any(reasons):
+            return level, refused
+        refused.append(f"{level} is refused: {next(reason for reason in reasons if reason)}")
+    raise ConfigError(
+        f"teacher.servers do not tell what loss.support sums over ({refused[-1]}); start them "
+        f"with --max-logprobs {teacher.k + 1} or more, lower loss.support.k, or write "
+        'loss.support = {type = "sampled"} with direction = "reverse_kl"'
+    )
+
+
+def _why_not(
+    teacher: RemoteTeacher, server: Server, level: Level, prompt_ids: Sequence[int]
+) -> str | None:
+    """Why a server refuses a level; `None` if it does not."""
+    row = Row(list(prompt_ids), 1)
+    try:
+        if level == "student_top_k":
+            teacher.ask_ids(server, row, [list(range(teacher.k))])
+        else:
+            teacher.ask_list(server, row, teacher.k if level == "teacher_top_k" else 0)
+    except Refusal as refusal:
+        return words_of(refusal)
+    return None
+
+
+def words_of(refusal: Refusal) -> str:
+    """What a server says, without its wrapping."""
+    try:
+        return str(json.loads(refusal.said)["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return str(refusal)
+
+
+def _check_log_probs(values: Any) -> None:
+    for value in values:
+        # A little above 0 is rounding; nan is not below anything.
+        if not -math.inf < value < 1e-2:
+            raise ValueError(f"{value} is no log-probability")

@@ -1,0 +1,272 @@
+"""A vLLM server over HTTP: asked again after what may pass, and checked to serve the right model.
+
+Knows no tensors: token ids go in, and what comes back is read by whoever asked.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from http.client import HTTPException
+from typing import Any, TypeVar
+
+from opcd.config.servers import Servers
+from opcd.errors import ConfigError, ModelError, ServerError
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+PASSING = (408, 409, 425, 429, 500, 502, 503, 504)
+"""Statuses after which the same request may well be answered."""
+FINAL = ("max_lora_rank", "LoRA is not enabled", "No adapter found")
+"""In what a server says with such a status, signs that it never will be."""
+LONGEST_PAUSE_S = 30.0
+SHOWN = 300
+"""Characters shown of what a server says."""
+
+
+class Refusal(Exception):
+    """The server will not do what it is asked, however often; for the asker to explain."""
+
+    def __init__(self, status: int, said: str) -> None:
+        """Note the HTTP status, and what was said with it."""
+        super().__init__(f"HTTP {status} ({said})")
+        self.status = status
+        self.said = said
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is refused: the key would go along to wherever it points."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        """Follow none."""
+        return
+
+
+@dataclass
+class Server:
+    """One server, with the trouble it has given."""
+
+    url: str
+    """Without `/v1`."""
+    table: str
+    """Which table of the run names it: `rollout` or `teacher`."""
+    timeout_s: float = 300.0
+    retries: int = 6
+    key: str | None = field(default=None, repr=False)
+    pause: Callable[[float], None] = time.sleep
+    troubles: list[str] = field(default_factory=list)
+    """Why something had to be sent or done again, once for each time."""
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _has_answered: bool = False
+    """Whether address and key have proved right, so that a doubt about them is a trouble."""
+
+    def ask(self, path: str, body: Any = None, read: Callable[[Any], T] = lambda reply: reply) -> T:
+        """What the server answers, as `read` takes it.
+
+        Args:
+            path: of the URL.
+            body: is posted as JSON; without one, the path is only read.
+            read: raises `ValueError`, `LookupError` or `TypeError` at an answer that means nothing.
+
+        Raises:
+            Refusal: it will not do this; asking again would not help.
+            ServerError: it is gone, fails, or talks nonsense, each time it is asked.
+        """
+        trouble = ""
+        for attempt in range(self.retries + 1):
+            if attempt:
+                self.note(trouble)
+                self.pause(min(2.0 ** (attempt - 1), LONGEST_PAUSE_S))
+            reply = self._send(path, body)
+            if isinstance(reply, str):
+                trouble = reply
+                continue
+            try:
+                return read(_parsed(reply))
+            except (ValueError, LookupError, TypeError) as error:
+                shown = self._without_key(reply[:SHOWN].decode("utf-8", "replace"))
+                trouble = f"nonsense in answer to {path}: {error!r} in {shown!r}"
+        raise ServerError(
+            f"{self.url}: {trouble}, and so {self.retries + 1} times; see to the server, then "
+            f"continue with --resume; or raise {self.table}.retries (a server that starts anew "
+            "takes about a minute)"
+        )
+
+    def note(self, trouble: str) -> None:
+        """Remember a trouble, to be counted and shown with the step."""
+        with self._lock:
+            self.troubles.append(f"{self.url}: {trouble}")
+
+    def take_troubles(self) -> list[str]:
+        """The troubles since this was last asked."""
+        with self._lock:
+            taken, self.troubles = self.troubles, []
+        return taken
+
+    def _send(self, path: str, body: Any) -> bytes | str:
+        """The answer, or the trouble if it may pass."""
+        headers = {"Content-Type": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, headers)
+        try:
+            opener = urllib.request.build_opener(_NoRedirect)
+            with opener.open(request, timeout=self.timeout_s) as reply:
+                self._has_answered = True
+                return reply.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                said = " ".join(error.read().decode("utf-8", "replace").split())
+            return self._failed(error.code, self._without_key(said)[:SHOWN])
+        except urllib.error.URLError as error:
+            if isinstance(error.reason, socket.gaierror) and not self._has_answered:
+                raise ConfigError(
+                    f"{self.url}: there is no such host ({error.reason}); correct "
+                    f"{self.table}.servers"
+                ) from None
+            return f"no connection ({error.reason})"
+        except TimeoutError:
+            return f"no answer within {self.timeout_s:g} s ({self.table}.timeout_s)"
+        except (OSError, HTTPException) as error:
+            return f"the connection broke ({type(error).__name__})"
+
+    def _failed(self, status: int, said: str) -> str:
+        if status in (401, 403) and not self._has_answered:
+            raise ConfigError(
+                f"{self.url}: HTTP {status}, the key is refused ({said}); put the right one into "
+                f"the environment variable that {self.table}.key_env names"
+            )
+        if status not in PASSING or any(sign in said for sign in FINAL):
+            raise Refusal(status, said)
+        return f"HTTP {status} ({said})"
+
+    def _without_key(self, text: str) -> str:
+        # Servers like to repeat the key that they refuse.
+        return text.replace(self.key, "***") if self.key else text
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a server has: the name of the model, and how many tokens a request may have."""
+
+    model: str
+    max_model_len: int
+
+
+def connect(config: Servers, table: str) -> list[Server]:
+    """The servers of a table, none of them asked yet.
+
+    Raises:
+        ConfigError: the variable that should hold the key is not set.
+    """
+    key = os.environ.get(config.key_env, "").strip() if config.key_env else None
+    if key == "":
+        raise ConfigError(
+            f"{table}.key_env = {config.key_env!r}: there is no such environment variable, or it "
+            "is empty; set it to the key, or leave key_env out for a server without one"
+        )
+    urls = [url.rstrip("/").removesuffix("/v1") for url in config.servers]
+    return [Server(url, table, config.timeout_s, config.retries, key) for url in urls]
+
+
+def spread(
+    servers: Sequence[Server],
+    asked: Sequence[T],
+    parallel: int,
+    ask: Callable[[Server, T], U],
+) -> list[U]:
+    """Each thing asked of one of the servers in turn, many under way together; in their order.
+
+    The first failure ends it: what has not been sent by then, is not.
+    """
+    with ThreadPoolExecutor(parallel * len(servers)) as pool:
+        waiting = [
+            pool.submit(ask, servers[i % len(servers)], thing) for i, thing in enumerate(asked)
+        ]
+        try:
+            return [future.result() for future in waiting]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def find_model(server: Server, wanted: str | None) -> Served:
+    """The model on a server: the one that is wanted, or the only one.
+
+    Raises:
+        ConfigError: there is no vLLM server, or not that model, or no telling which.
+    """
+    try:
+        cards = server.ask("/v1/models", read=_base_models)
+    except Refusal as refusal:
+        raise ConfigError(
+            f"{server.url}: {refusal}; that is no vLLM server; correct {server.table}.servers"
+        ) from None
+    if wanted is None and len(cards) == 1:
+        wanted = next(iter(cards))
+    if wanted not in cards:
+        found = f"not {wanted!r}" if wanted else "several"
+        raise ConfigError(
+            f"{server.url} serves {sorted(cards)}, {found}; write one of these names as "
+            f"{server.table}.model"
+        )
+    return Served(wanted, cards[wanted])
+
+
+def check_tokenizer(server: Server, model: str, tokenizer: Any, texts: Iterable[str]) -> None:
+    """Compare what server and trainer make of some texts.
+
+    Raises:
+        ModelError: some text has other ids, so that the two speak of other words.
+    """
+    for text in texts:
+        ours = tokenizer.encode(text, add_special_tokens=False)
+        body = {"model": model, "prompt": text, "add_special_tokens": False}
+        try:
+            theirs = server.ask("/tokenize", body, lambda reply: list(reply["tokens"]))
+        except Refusal as refusal:
+            raise ConfigError(
+                f"{server.url}/tokenize: {refusal}; this needs a vLLM server with its tokenizer"
+            ) from None
+        if ours != theirs:
+            raise ModelError(
+                f"{server.url} serves {model!r} with another tokenizer: {text!r} is {ours[:6]} "
+                f"here and {theirs[:6]} there, so that it would speak of other words; serve "
+                f"the run's own model there, or correct {server.table}.servers"
+            )
+
+
+def check_room(server: Server, served: Served, prompt_tokens: int, new_tokens: int) -> None:
+    """Refuse a run whose longest prompt and its response do not fit the server.
+
+    Raises:
+        ConfigError: naming what can be changed.
+    """
+    if prompt_tokens + new_tokens > served.max_model_len:
+        raise ConfigError(
+            f"{server.url} holds {served.max_model_len} tokens, but the run's longest prompt has "
+            f"{prompt_tokens} and its response up to {new_tokens}; start the server with "
+            f"--max-model-len {prompt_tokens + new_tokens} or more, lower rollout.max_new_tokens, "
+            "or shorten the context"
+        )
+
+
+def _parsed(reply: bytes) -> Any:
+    """JSON, or plain text where it is that: some of vLLM's answers are."""
+    return json.loads(reply) if reply[:1] in (b"{", b"[") else reply.decode("utf-8")
+
+
+def _base_models(reply: Any) -> dict[str, int]:
+    return {
+        str(card["id"]): int(card["max_model_len"])
+        for card in reply["data"]
+        if card.get("parent") is None
+    }
