@@ -20,7 +20,7 @@ from opcd.comparing import (
 )
 from opcd.config import Run, derive, read_rates
 from opcd.errors import ConfigError, RunFolderError
-from opcd.runs import check_free, open_run, read_jsonl
+from opcd.runs import append_jsonl, check_free, create_run, open_run, read_jsonl
 from tiny import make_run
 
 FAST = ("steps=2", "evaluation.every_steps=2", "optimizer.lr=0.02", "optimizer.warmup_steps=0")
@@ -103,6 +103,20 @@ def test_an_interrupted_run_is_continued(tiny_model_path: Path, tmp_path: Path) 
     ensure_trained(run, lambda _: None)
     again = list(read_jsonl(folder.metrics))
     assert [row["loss_nats"] for row in again] == [row["loss_nats"] for row in rows]
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_is_trained_anew(
+    tiny_model_path: Path, tmp_path: Path
+) -> None:
+    """A signal that cannot be caught leaves a folder with nothing to go on from."""
+    run = make_run(tmp_path, tiny_model_path, *FAST)
+    folder = create_run(run)
+    append_jsonl(folder.metrics, [{"step": 0, "loss_nats": 9.0}])
+    said: list[str] = []
+    assert ensure_trained(run, said.append) == folder
+    assert said == [f"training {folder.path} anew: it stopped before its first checkpoint"]
+    assert [row["step"] for row in read_jsonl(folder.metrics)] == [0, 1]
+    assert next(read_jsonl(folder.metrics))["loss_nats"] != 9.0
 
 
 def test_a_folder_with_another_run_is_not_taken_for_this_one(

@@ -157,6 +157,7 @@ STAGES = {
     "score": ("opcd.candidates.append_jsonl", 2),
     "choose": ("opcd.selection.write_growth", 1),
     "before training": ("opcd.consolidation.check_unchanged", 1),
+    "before the first checkpoint": ("opcd.training.sample_rollouts", 1),
     "between trainings": ("opcd.consolidation.ensure_trained", 1),
     "measure": ("opcd.consolidation.evaluate_best", 1),
     "measure raw traces": ("opcd.consolidation.respond", 1),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from opcd.checkpoint import complete
 from opcd.config import Run, derive
 from opcd.errors import ConfigError, RunFolderError
 from opcd.intervals import mcnemar
@@ -91,12 +92,15 @@ def ensure_trained(run: Run, say: Say) -> RunFolder:
         RunFolderError: the folder holds a run with other values, or training was interrupted.
     """
     folder = RunFolder(run.out / run.name)
-    if folder.config.is_file():
+    began, anew = folder.config.is_file(), False
+    if began:
         check_resumable(run)
         if sum(1 for _ in read_jsonl(folder.metrics)) >= run.steps and folder.best.is_dir():
             return folder
-    say(f"training {folder.path}")
-    outcome = train(run, resume=folder.config.is_file())
+        # Killed before its first checkpoint, it has nothing to go on from, and nothing to lose.
+        anew = not complete(folder.checkpoints)
+    say(f"training {folder.path}" + " anew: it stopped before its first checkpoint" * anew)
+    outcome = train(run, resume=began and not anew, overwrite=anew)
     if outcome.interrupted_by is not None:
         raise RunFolderError(
             f"{folder.path} was interrupted after step {outcome.steps}, so there is nothing to "
