@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from opcd.lab import learning, verdicts
-from opcd.lab.claims import Setup
 from opcd.lab.learning import CONDITIONS, ROUNDS, TRACES, experience_run
+from opcd.lab.setups import Setup
 from opcd.lab.worlds import make_world
 
 BETTER = {"base": 0.1, "raw_traces": 0.2, "items": 0.6, "off_policy": 0.6, "baked": 0.7}

@@ -5,8 +5,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from opcd.intervals import Estimate
-from opcd.lab.claims import Finding, Line
 from opcd.lab.page import draw, write_page
+from opcd.lab.setups import Finding, Line
 from opcd.lab.verdicts import Comparison, over_seeds
 
 HALF = Estimate(0.5, 0.4, 0.6, 96)

@@ -12,7 +12,7 @@ from opcd.lab import trials
 from opcd.lab.trials import Bench, Measured, trial
 from opcd.lab.worlds import OTHERS, World, make_world, run_of
 
-MEASURED = Measured([0.0], [1.0], [1.0], [1.0], [], [], 0.1, 0.2, 3.0)
+MEASURED = Measured([0.0], [1.0], [1.0], [1.0], [], [], [], [], [0.1], 0.2, 60, 0.2, 3.0)
 
 
 @pytest.fixture
@@ -24,7 +24,9 @@ def test_a_trial_bakes_a_code_book(world: World) -> None:
     """The method itself, for real: told right, untold wrong, and after training right untold."""
     changes = {"steps": 30, "batch": {"prompts_per_step": 16}, "optimizer": {"lr": 1e-3}}
     found = trial(world, run_of(world, **changes))
-    assert len(found.base) == len(found.baked) == len(found.in_context) == len(found.returned) == 96
+    assert (
+        len(found.base) == len(found.baked) == len(found.in_context) == len(found.returned) == 144
+    )
     assert fmean(found.base) <= 0.25
     assert fmean(found.in_context) >= 0.85
     assert fmean(found.baked) >= 0.6
@@ -32,7 +34,21 @@ def test_a_trial_bakes_a_code_book(world: World) -> None:
     # Other books are read before it; how much of that is lost is a claim, no law.
     assert fmean(found.others_before) >= 0.85
     assert len(found.others) == len(found.others_before) == 12 * OTHERS
-    assert 0 < found.kl_nats_per_token < 3 and found.least_entropy_nats >= 0 and found.wall_s > 0
+    # Rulebooks were never read by this mind; that they are asked about is what counts here.
+    assert len(found.other_task) == len(found.other_task_before) == 12 * OTHERS
+    assert len(found.kl_nats) == 144 and 0 < fmean(found.kl_nats) < 3
+    assert found.kept_kl_nats_per_token > 0 and found.best_step == 30
+    assert found.least_entropy_nats >= 0 and found.wall_s > 0
+
+
+def test_the_best_weights_are_measured_where_a_run_is_validated(world: World) -> None:
+    """A rate that grows until it wrecks the model: the last step is far from the best."""
+    wrecking = {"steps": 60, "optimizer": {"lr": 0.06, "warmup_steps": 60}}
+    last = trial(world, run_of(world, **wrecking))
+    best = trial(world, run_of(world, **wrecking, evaluation={"every_steps": 10}))
+    assert last.best_step == 60 and best.best_step < 60
+    assert fmean(best.baked) >= fmean(last.baked) + 0.2
+    assert fmean(best.kl_nats) < fmean(last.kl_nats)
 
 
 Tried = list[tuple[str, int]]
