@@ -20,6 +20,8 @@ from opcd.runs import write_text
 
 Rows = Sequence[tuple[str, Comparison]]
 """Comparisons, each with the name of its claim."""
+PLAIN = ("right", "solved")
+"""Metrics that need no name in the figure."""
 ROW_INCHES = 0.24
 GAP = 0.5
 """Between the claims of the figure, in rows."""
@@ -74,7 +76,8 @@ def draw(findings: Mapping[str, Finding]) -> str:
         if nats:
             label = "nats a token nearer to the teacher, with 95 % interval"
             _draw_rows(panels[1], nats, 1, label)
-            panels[1].set_xscale("symlog", linthresh=0.1)
+            # A loss that is no divergence may end a hundred times further away than the others.
+            panels[1].set_xscale("symlog", linthresh=1)
             panels[1].xaxis.set_major_formatter("{x:g}")
         figure.savefig(stream, format="svg", metadata=no_metadata)
     return stream.getvalue()
@@ -109,7 +112,7 @@ def _draw_rows(axes: Axes, rows: Rows, scale: float, label: str) -> None:
         axes.plot([mean], [place], shape, color=colour, markersize=6)
         if comparison.margin:
             axes.plot([scale * comparison.margin], [place], "|", color=INK, markersize=10)
-    axes.set_yticks(places, [_pair(comparison) for _, comparison in rows])
+    axes.set_yticks(places, [_label(comparison) for _, comparison in rows])
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(place + 0.8, 0.2)
     axes.set_xlabel(label)
@@ -160,7 +163,15 @@ def _sentence(comparison: Comparison) -> str:
 
 
 def _pair(comparison: Comparison) -> str:
-    return f"{comparison.first} > {comparison.second}"
+    first, second = comparison.first, comparison.second
+    place, colon, condition = second.partition(": ")
+    # What both are about is said once.
+    return f"{first} > {condition if colon and first.startswith(place + colon) else second}"
+
+
+def _label(comparison: Comparison) -> str:
+    plain = comparison.metric in PLAIN or in_nats(comparison.metric)
+    return _pair(comparison) + ("" if plain else f" ({metric_name(comparison.metric)})")
 
 
 def _figure(metric: str, found: Estimate | None) -> str:
