@@ -56,6 +56,14 @@ def test_a_quick_look_has_a_shorter_warm_up_too(tmp_path: Path, asked: Asked) ->
     assert WARMED["loss"]["warmup"] == warmup, "the way itself is as it was"
 
 
+def test_a_quick_look_is_validated_as_often(tmp_path: Path, asked: Asked) -> None:
+    """Or the step to choose from would be the last alone."""
+    Setup(tmp_path, (0,), 0.25).measure("lake", "a way")
+    (_, tables), full = asked[0], BUDGET["lake"]
+    times = full["steps"] / full["evaluation"]["every_steps"]
+    assert tables["steps"] / tables["evaluation"]["every_steps"] == times > 1
+
+
 def test_the_last_of_several_directions_counts() -> None:
     assert merge(WARMED, REVERSE) == REVERSE
     assert merge(REVERSE, WARMED)["loss"]["direction"] == "reverse_kl"

@@ -76,9 +76,10 @@ def draw(findings: Mapping[str, Finding]) -> str:
         if nats:
             label = "nats a token nearer to the teacher, with 95 % interval"
             _draw_rows(panels[1], nats, 1, label)
-            # A loss that is no divergence may end a hundred times further away than the others.
-            panels[1].set_xscale("symlog", linthresh=1)
-            panels[1].xaxis.set_major_formatter("{x:g}")
+            if max(abs(c.difference.mean) for _, c in nats) > 1:
+                # A loss that is no divergence may end a hundred times further away than others.
+                panels[1].set_xscale("symlog", linthresh=1)
+                panels[1].xaxis.set_major_formatter("{x:g}")
         figure.savefig(stream, format="svg", metadata=no_metadata)
     return stream.getvalue()
 

@@ -19,15 +19,25 @@ def be_silent(text: str) -> None:
 
 
 BUDGET: dict[WorldName, dict[str, Any]] = {
-    "code_book": {"steps": 150, "batch": {"prompts_per_step": 16}},
-    "rulebook": {"steps": 80, "batch": {"prompts_per_step": 16}},
-    "lake": {"steps": 140, "batch": {"prompts_per_step": 6}, "optimizer": {"lr": 2e-4}},
+    "code_book": {
+        "steps": 150,
+        "batch": {"prompts_per_step": 16},
+        "optimizer": {"lr": 1e-3, "schedule": "linear"},
+    },
+    "rulebook": {"steps": 80, "batch": {"prompts_per_step": 16}, "optimizer": {"lr": 5e-4}},
+    "lake": {
+        "steps": 160,
+        "batch": {"prompts_per_step": 6},
+        "optimizer": {"lr": 3e-4, "schedule": "linear"},
+        # What users of a real run get is its best step, chosen on validation boards.
+        "evaluation": {"every_steps": 40},
+    },
 }
 """What every way to train gets in a world: steps, and prompts or boards in each."""
 OFF_POLICY: dict[str, Any] = {"rollout": {"teacher_fraction": 1.0}}
 FORWARD: dict[str, Any] = {"loss": {"direction": "forward_kl", "warmup": None}}
 REVERSE: dict[str, Any] = {"loss": {"direction": "reverse_kl", "warmup": None}}
-WARMED: dict[str, Any] = {"loss": {"warmup": {"direction": "forward_kl", "steps": 60}}}
+WARMED: dict[str, Any] = {"loss": {"warmup": {"direction": "forward_kl", "steps": 50}}}
 """Forward KL first, then reverse: the way real runs take."""
 
 
@@ -78,6 +88,8 @@ class Setup:
     def at_pace(self, table: dict[str, Any]) -> dict[str, Any]:
         """A run's tables with their steps at this pace, those of a warm-up too."""
         table = {**table, "steps": self.steps(table["steps"])}
+        if every := table.get("evaluation", {}).get("every_steps"):
+            table["evaluation"] = {**table["evaluation"], "every_steps": self.steps(every)}
         if warmup := table.get("loss", {}).get("warmup"):
             slower = {**warmup, "steps": self.steps(warmup["steps"])}
             table["loss"] = {**table["loss"], "warmup": slower}
