@@ -97,6 +97,16 @@ def test_another_setting_is_another_trial(
     assert len(tried) == 2 == len(list(bench.folder.iterdir()))
 
 
+def test_what_was_measured_on_other_rows_is_no_answer(
+    world: World, tmp_path: Path, tried: Tried, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(tmp_path / "trials")
+    bench.measure(world, run_of(world))
+    monkeypatch.setitem(trials.ROWS, "test", 7)
+    bench.measure(world, run_of(world))
+    assert len(tried) == 2
+
+
 def test_another_world_is_another_trial(world: World, tmp_path: Path, tried: Tried) -> None:
     bench = Bench(tmp_path / "trials")
     other = make_world("code_book", 1, tmp_path / "worlds")

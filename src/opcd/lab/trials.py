@@ -7,7 +7,7 @@ on where it was and a trial that two claims need is done once.
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -23,7 +23,7 @@ from opcd.config.training import Loss
 from opcd.distill import distill
 from opcd.evaluation import validate
 from opcd.items import Item
-from opcd.lab.worlds import World, WorldName, answer_of, other_truths, prompts_of, tell
+from opcd.lab.worlds import ROWS, World, WorldName, answer_of, other_truths, prompts_of, tell
 from opcd.responses import mean, nats_by_response, respond, rows_of, score
 from opcd.runs import write_json
 from opcd.suites import kept
@@ -73,7 +73,9 @@ class Bench:
             # Names of minds say what they are, wherever the cache lies.
             if table.get("path"):
                 table["path"] = Path(table["path"]).name
-        text = json.dumps([world.name, world.seed, tree], sort_keys=True, default=str)
+        # What an earlier version measured, or measured on other rows, is no answer.
+        asked = [field.name for field in fields(Measured)], ROWS
+        text = json.dumps([world.name, world.seed, tree, asked], sort_keys=True, default=str)
         text = text.replace(str(world.folder), "")
         file = self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
         if not file.is_file():

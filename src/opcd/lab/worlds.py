@@ -24,6 +24,8 @@ from opcd.runs import write_text
 WorldName = Literal["code_book", "rulebook", "lake"]
 OTHERS = 12
 """Other truths of the same kind, for anchors; as many again to measure on."""
+ROWS = {"test": 144, "validation": 144, "extraction": 96, "train": 256}
+"""Of each split, where a world has rows and not boards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +95,11 @@ def prompts_of(name: WorldName, random: Random) -> Iterator[str]:
 
 def splits(world: World) -> dict[str, list[dict[str, str]]]:
     """Rows of each split; no prompt is in two of them. A lake has boards in their place."""
-    counts = {"test": 144, "validation": 144, "extraction": 96, "train": 256}
     if world.name == "lake":
         return {}
     prompts, seen = prompts_of(world.name, Random(f"rows/{world.seed}")), set[str]()
     found: dict[str, list[dict[str, str]]] = {}
-    for split, count in counts.items():
+    for split, count in ROWS.items():
         rows: list[dict[str, str]] = []
         while len(rows) < count:
             prompt = next(prompts)
