@@ -80,7 +80,13 @@ def mind_folder(mind: Mind, say: Say = lambda _: None) -> Path:
         shutil.rmtree(draft, ignore_errors=True)
         model.save_pretrained(draft)
         words.build_tokenizer().save_pretrained(draft)
-        draft.replace(folder)
+        try:
+            draft.replace(folder)
+        except OSError:
+            # Another process may have trained the same mind meanwhile: that one is as good.
+            shutil.rmtree(draft)
+            if not folder.is_dir():
+                raise
     return folder
 
 
