@@ -7,9 +7,12 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+import torch
 
+from opcd.adapters import trainable
+from opcd.assembly import Parts, assemble
 from opcd.lab import trials
-from opcd.lab.trials import Bench, Measured, trial
+from opcd.lab.trials import Bench, Measured, train_to_best, trial
 from opcd.lab.worlds import OTHERS, World, make_world, run_of
 
 MEASURED = Measured([0.0], [1.0], [1.0], [1.0], [], [], [], [], [0.1], 0.2, 60, 0.2, 3.0)
@@ -41,14 +44,23 @@ def test_a_trial_bakes_a_code_book(world: World) -> None:
     assert found.least_entropy_nats >= 0 and found.wall_s > 0
 
 
-def test_the_best_weights_are_measured_where_a_run_is_validated(world: World) -> None:
-    """A rate that grows until it wrecks the model: the last step is far from the best."""
-    wrecking = {"steps": 60, "optimizer": {"lr": 0.06, "warmup_steps": 60}}
-    last = trial(world, run_of(world, **wrecking))
-    best = trial(world, run_of(world, **wrecking, evaluation={"every_steps": 10}))
-    assert last.best_step == 60 and best.best_step < 60
-    assert fmean(best.baked) >= fmean(last.baked) + 0.2
-    assert fmean(best.kl_nats) < fmean(last.kl_nats)
+def test_the_best_weights_are_put_back(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever came after them; and a run that is not validated ends with its last ones."""
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def validate(parts: Parts, step: int) -> dict[str, float]:
+        seen.append({name: w.detach().clone() for name, w in trainable(parts.student).items()})
+        good = float(step == 9)
+        return {"step": step, "rows": 144, "correct": good, "kl_nats_per_token": 1.0 - good}
+
+    monkeypatch.setattr(trials, "validate", validate)
+    parts = assemble(run_of(world, steps=15, evaluation={"every_steps": 5}))
+    metrics, best_step = train_to_best(parts)
+    found = trainable(parts.student)
+    assert (len(metrics), len(seen), best_step) == (15, 3, 10)
+    assert all(torch.equal(found[name], weight) for name, weight in seen[1].items())
+    assert not all(torch.equal(found[name], weight) for name, weight in seen[2].items())
+    assert train_to_best(assemble(run_of(world, steps=2)))[1] == 2 and len(seen) == 3
 
 
 Tried = list[tuple[str, int]]
