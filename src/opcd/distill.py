@@ -143,13 +143,9 @@ def accumulate(parts: Parts, answered: Sequence[Answered], loss: Loss, tally: Ta
 
 
 def batch_of(parts: Parts, portion: Sequence[Answered]) -> tuple[LocalTeacher, Batch]:
-    """Who scores a portion of one origin, and its batch, without what that teacher has read."""
+    """Who scores a portion of one origin, and its batch."""
     teacher = parts.teacher if portion[0].pair.origin == "task" else parts.base
-    # The run's context opens all prompts but those of anchors, and of items given another one.
-    known = teacher.prefix.ids if teacher.prefix else ()
-    shared = all(a.pair.teacher_ids[: len(known)] == known for a in portion)
-    prefix_tokens = teacher.prefix_tokens if shared else 0
-    batch = collate([a.pair for a in portion], [a.rollout for a in portion], prefix_tokens)
+    batch = collate([a.pair for a in portion], [a.rollout for a in portion])
     return teacher, batch.to(parts.accelerator.device)
 
 

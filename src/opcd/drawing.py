@@ -206,7 +206,7 @@ def answer_as_teacher(parts: Parts, step: int) -> list[Answered]:
         engines["task"] = parts.teacher_engine
         groups: dict[tuple[int, bool], list[tuple[int, PromptPair]]] = {}
         for s, pair in taught:
-            # Anchors apart: all other prompts begin with the context, which is then read once.
+            # Anchors apart: all other prompts begin with a context, behind which they are short.
             key = id(engines[pair.origin]), pair.origin == "anchor"
             groups.setdefault(key, []).append((s, pair))
         for mine in groups.values():

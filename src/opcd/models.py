@@ -63,7 +63,6 @@ def hidden_states(model: Any, side: Side) -> Tensor:
     An opening that all rows share, such as a chat template's own system message, is read once for
     all of them, and gets its gradient from all of them (`prefix_cache` has none to give).
     """
-    assert side.prefix_tokens == 0, "a prefix of the whole run is read by prefix_cache"
     decoder = causal_model(model).get_decoder()
     on_cpu, length = side.ids_BS.device.type == "cpu", side.ids_BS.shape[1]
     recomputed = getattr(decoder, "gradient_checkpointing", False)

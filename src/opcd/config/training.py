@@ -205,6 +205,9 @@ class Batch(Section):
     """Tasks and anchors together."""
     rows_per_forward: Count = 8
     """Sequences in one forward and backward pass; gradients accumulate over the rest."""
+    prefix_gib: Positive = 4.0
+    """Keys and values of contexts that a model keeps, each read once for all prompts behind it;
+    the least recently used leaves when another needs its room, and is read again."""
 
 
 class Anchor(Section):
