@@ -27,12 +27,11 @@ CLAIMS: dict[str, Callable[[Setup], Finding]] = {
     "returning": claims.returning,
 }
 TOGETHER = (
+    ("gains", "sizes"),
     ("extraction", "growth", "rounds"),
-    ("supports",),
-    ("gains",),
-    ("sizes",),
+    ("supports", "returning"),
     ("factorial", "teachers"),
-    ("forgetting", "returning"),
+    ("forgetting",),
 )
 """Claims that share trials are tried by one process, the longest first."""
 

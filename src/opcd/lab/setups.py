@@ -26,11 +26,11 @@ BUDGET: dict[WorldName, dict[str, Any]] = {
     },
     "rulebook": {"steps": 80, "batch": {"prompts_per_step": 16}, "optimizer": {"lr": 5e-4}},
     "lake": {
-        "steps": 160,
+        "steps": 140,
         "batch": {"prompts_per_step": 6},
         "optimizer": {"lr": 3e-4, "schedule": "linear"},
         # What users of a real run get is its best step, chosen on validation boards.
-        "evaluation": {"every_steps": 40},
+        "evaluation": {"every_steps": 35},
     },
 }
 """What every way to train gets in a world: steps, and prompts or boards in each."""

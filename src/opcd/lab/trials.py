@@ -24,7 +24,7 @@ from opcd.distill import distill
 from opcd.evaluation import validate
 from opcd.items import Item
 from opcd.lab.worlds import ROWS, World, WorldName, answer_of, other_truths, prompts_of, tell
-from opcd.responses import mean, nats_by_response, respond, rows_of, score
+from opcd.responses import Response, mean, nats_by_response, respond, rows_of, score
 from opcd.runs import write_json
 from opcd.suites import kept
 from opcd.training import due, flushed_denormals, is_better, prepare
@@ -93,15 +93,16 @@ def trial(world: World, run: Run) -> Measured:
         others_before, other_task_before = told_marks(parts, world)
         metrics, best_step = train_to_best(parts)
         others, other_task = told_marks(parts, world)
+        answers = respond(parts, rows_of(parts, "test", None), "baked")
         return Measured(
             **before,
-            baked=marks_of(parts, "baked"),
+            baked=marks_in(answers),
             returned=marks_of(parts, "baked_in_context"),
             others_before=others_before,
             others=others,
             other_task_before=other_task_before,
             other_task=other_task,
-            kl_nats=kl_to_teacher(parts),
+            kl_nats=kl_to_teacher(parts, answers),
             kept_kl_nats_per_token=kept(parts)["baked"]["kl_nats_per_token"]["mean"],
             best_step=best_step,
             least_entropy_nats=min(row["student_entropy_nats"] for row in metrics),
@@ -112,7 +113,12 @@ def trial(world: World, run: Run) -> Measured:
 def marks_of(parts: Parts, condition: Condition, items: Sequence[Item] | None = None) -> Marks:
     """Which rows are right under a condition; those of the test split, unless given."""
     items = rows_of(parts, "test", None) if items is None else items
-    return [response.score.metrics["correct"] for response in respond(parts, items, condition)]
+    return marks_in(respond(parts, items, condition))
+
+
+def marks_in(responses: Sequence[Response]) -> Marks:
+    """Which of the responses are right."""
+    return [response.score.metrics["correct"] for response in responses]
 
 
 def train_to_best(parts: Parts) -> tuple[list[dict[str, Any]], int]:
@@ -166,9 +172,8 @@ def _told(parts: Parts, name: WorldName, seed: int) -> Marks:
     return marks_of(parts, "baked_in_context", asked)
 
 
-def kl_to_teacher(parts: Parts) -> Marks:
-    """Nats a token between student and teacher, along the student's answer to each test row."""
-    responses = respond(parts, rows_of(parts, "test", None), "baked")
+def kl_to_teacher(parts: Parts, responses: Sequence[Response]) -> Marks:
+    """Nats a token between student and teacher, along each of the student's responses."""
     answered = [turn for response in responses for turn in response.turns]
     nats = nats_by_response(responses, score(parts, answered, Loss()))
     return [mean(nats[place]) for place in range(len(responses))]
