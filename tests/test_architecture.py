@@ -33,11 +33,13 @@ FLOORS = (
         "instructions",
         "near_duplicates",
         "screening",
+        "memory",
     ),
     ("divergence", "batching", "chunking"),
     (
         "weights",
         "adapters",
+        "sharding",
         "models",
         "prefix_cache",
         "prefix_store",
@@ -47,7 +49,7 @@ FLOORS = (
         "envs",
         "envs.*",
     ),
-    ("runs", "checkpoint", "tracking", "tally", "traces"),
+    ("runs", "checkpoint", "tracking", "tally", "traces", "launch"),
     (
         "items",
         "assembly",
@@ -96,7 +98,7 @@ FLOORS = (
         "cost_tables",
     ),
     ("lab", "lab.*"),
-    ("cli", "experience_cli", "lab_cli", ""),
+    ("cli", "experience_cli", "lab_cli", "__main__", ""),
 )
 """Module patterns by floor; the package itself is the empty name. Imports only go down."""
 

@@ -125,11 +125,13 @@ def test_verdicts_tests_and_notes_are_told_with_their_round() -> None:
             },
             {"round": 2, "verdict": "nothing", "paired": []},
         ],
-        "paired": [],
+        "paired": [{**test, "first": "round 1"}],
     }
     assert learned_lines(found) == [
         "round 1: the longest",
         "round 1: baked against base: +25.0 points correct, p = 0.5 (mcnemar)",
         "round 1: no off_policy: why",
         "round 2: nothing",
+        "round 1 against base: +25.0 points correct, p = 0.5 (mcnemar)",
     ]
+    assert learned_lines({**found, "rounds": found["rounds"][:1]})[-1].startswith("round 1: no off")

@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 
 from opcd import adapters, models, weights
@@ -16,6 +15,7 @@ from opcd.config import Run, check_files, training
 from opcd.errors import ConfigError
 from opcd.graders import Grader, build_grader
 from opcd.items import Item, check_last_turn, pairs_of, render_splits, weights_of
+from opcd.launch import build_accelerator, own
 from opcd.openings import MIN_PREFIX_TOKENS, Openings
 from opcd.prefix_cache import token_bytes
 from opcd.rendering import Renderer
@@ -23,6 +23,8 @@ from opcd.rollouts.engine import RolloutEngine
 from opcd.rollouts.hf import HFEngine
 from opcd.teachers import LocalTeacher, build_teacher
 from opcd.types import Answered, Context, PromptPair, Task
+
+T = TypeVar("T")
 
 AHEAD_STEPS = 10
 """Steps whose teachers' answers are generated together."""
@@ -64,10 +66,15 @@ class Parts:
     keeps_hidden: bool = True
     """Whether those answers hold the teacher's hidden states, which then score them."""
 
+    def own(self, rows: Sequence[T], after: int = 0) -> list[T]:
+        """This process's share of rows; `after` so many of the step that were dealt out before."""
+        return own(self.accelerator, rows, after)
+
     @property
-    def own_share(self) -> slice:
-        """Which of a step's rows are this process's."""
-        return slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+    def in_shards(self) -> bool:
+        """Whether some weights are in shards, so that all processes must use them alike."""
+        models_used = (self.student, self.teacher.model, self.base.model)
+        return any(adapters.in_shards(model) for model in models_used)
 
     def render_anchors(self, tasks: Sequence[Task]) -> list[PromptPair]:
         """Anchor prompts, the same for both sides."""
@@ -130,20 +137,6 @@ def assemble(config: Run) -> Parts:
         notes=notes,
         keeps_hidden=not reads_again,
     )
-
-
-def build_accelerator(config: Run) -> Accelerator:
-    """Accelerate's view of this process, in the run's precision."""
-    cpu = config.model.device == "cpu" or not (
-        torch.cuda.is_available() or torch.backends.mps.is_available()
-    )
-    device = torch.device("cpu") if cpu else None
-    dtype = weights.auto_dtype(config.model.dtype, device or Accelerator().device)
-    precision = "bf16" if dtype == torch.bfloat16 else "no"
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
-        # Its state is one for the whole process; a second run in it may want another precision.
-        AcceleratorState._reset_state(reset_partial_state=False)
-    return Accelerator(cpu=cpu, mixed_precision=precision)
 
 
 def _load_student(config: Run, device: torch.device, dtype: torch.dtype) -> Any:

@@ -117,7 +117,8 @@ def learned_lines(found: Mapping[str, Any]) -> list[str]:
         lines += [name + verdict] if verdict else []
         lines += paired_words(one["paired"], name)
         lines += [name + note for note in one.get("notes", ())]
-    return [*lines, *paired_words(found["paired"])]
+    # Of one round alone, these repeat what is said of it above.
+    return [*lines, *(paired_words(found["paired"]) if len(found["rounds"]) > 1 else [])]
 
 
 def _count(number: int, noun: str) -> str:

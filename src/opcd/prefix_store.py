@@ -43,6 +43,10 @@ class PrefixStore:
         """What it takes now."""
         return sum(prefix.bytes for prefix in self._kept.values())
 
+    def __contains__(self, ids: Ids) -> bool:
+        """Whether an opening is kept, so that it need not be read."""
+        return ids in self._kept
+
     def get(self, ids: Ids, keep: bool = True) -> SharedPrefix:
         """An opening's keys and values; those used least recently leave before it is read.
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from opcd.adapters import adapter_off, trainable
 from opcd.batching import Side
@@ -29,6 +30,7 @@ from opcd.models import compute_dtype, hidden_states, output_head, why_no_prefix
 from opcd.openings import Ids, Openings, find_openings, in_passes
 from opcd.prefix_cache import SharedPrefix, forward_after_prefix, read_prefix
 from opcd.prefix_store import PREFIX_BYTES, PrefixStore
+from opcd.sharding import give, own_part, whole
 
 MAX_PREFIX_KL_NATS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """How far the cached pass may be from the uncached one before it is not used."""
@@ -70,6 +72,10 @@ class Shadow:
 
     def __post_init__(self) -> None:
         """Start from the student's first weights."""
+        self.start()
+
+    def start(self) -> None:
+        """Take the student's weights as they are now, in shards if they are."""
         self.weights = {name: p.detach().clone() for name, p in trainable(self.model).items()}
 
     @contextmanager
@@ -85,11 +91,19 @@ class Shadow:
     def after_step(self, step: int) -> None:
         """Follow the student."""
         for name, live in trainable(self.model).items():
-            self.follow(step, self.weights[name], live.detach())
+            self.follow(step, own_part(self.weights[name]), own_part(live.detach()))
 
+    @torch.no_grad()
     def _swap(self) -> None:
         for name, live in trainable(self.model).items():
-            live.data, self.weights[name] = self.weights[name], live.data
+            if not isinstance(live, DTensor):
+                live.data, self.weights[name] = self.weights[name], live.data
+                continue
+            # FSDP2 puts a weight together from the memory that its shard was given at first.
+            ours, theirs = own_part(live), own_part(self.weights[name])
+            kept = ours.clone()
+            ours.copy_(theirs)
+            theirs.copy_(kept)
 
 
 @dataclass
@@ -102,6 +116,8 @@ class LocalTeacher:
     moves: bool = False
     shadow: Shadow | None = None
     prefix_bytes: int = PREFIX_BYTES
+    inside: Callable[[Callable[[], Tensor]], Tensor] | None = None
+    """Does work where the model's weights are whole, if they are in shards."""
     head: Head = field(init=False)
     openings: Openings = field(init=False, default_factory=Openings)
     """Those of the run's prompts, each read when it is first needed and kept."""
@@ -129,6 +145,9 @@ class LocalTeacher:
 
         Rows that open alike are read behind one copy of their opening, the others in full.
         """
+        if self.inside:
+            with self._ready():
+                return self.inside(partial(self._at_one_go, side))
         prompts = side.prompts()
         cuts = [0] * len(prompts) if self.whole else self._cuts(prompts)
         if not any(cuts) and side.ids_BS.numel() <= WHOLE_TOKENS:
@@ -173,6 +192,30 @@ class LocalTeacher:
         self.openings = openings
         return None
 
+    def go_inside(self, inside: Callable[[Callable[[], Tensor]], Tensor]) -> None:
+        """Take note that the weights are about to be cut, and are whole only within `inside`.
+
+        Passes over them are from then on one for each batch, as in all processes. So what fits of
+        the run's openings is read now, and nothing afterwards.
+        """
+        room = self.prefixes.most_tokens
+        for ids in () if self.whole else self.openings.known:
+            room -= len(ids)
+            if room >= 0:
+                self.prefixes.get(ids)
+        self.inside = inside
+
+    def _at_one_go(self, side: Side) -> Tensor:
+        """`hidden_TD` in one pass: behind openings that are all known, or in full."""
+        prompts = side.prompts()
+        openings = [ids[: self.openings.of(ids)] for ids in prompts]
+        if not all(ids in self.prefixes for ids in openings):
+            return hidden_states(self.model, side)
+        own, place_T = side.part(list(range(len(prompts))), [len(ids) for ids in openings])
+        prefixes = [self.prefixes.get(ids) for ids in openings]
+        hidden_TD = own.take(forward_after_prefix(self.model, prefixes, own.ids_BS))
+        return hidden_TD[place_T.argsort()]
+
     def after_step(self, step: int) -> None:
         """Take note that the student has moved."""
         if self.shadow:
@@ -180,13 +223,14 @@ class LocalTeacher:
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run has to give back."""
-        return dict(self.shadow.weights) if self.shadow else {}
+        shadows = self.shadow.weights if self.shadow else {}
+        return {name: whole(weight) for name, weight in shadows.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Continue from a saved state."""
         if self.shadow:
             for name, weight in self.shadow.weights.items():
-                weight.copy_(state[name])
+                give(weight, state[name])
 
     def _cuts(self, prompts: Sequence[Ids]) -> list[int]:
         """How many tokens of each are read once: of the run's openings, or the batch's own."""

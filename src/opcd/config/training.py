@@ -265,6 +265,14 @@ class Checkpoint(Section):
     keep: Count = 2
 
 
+class Launch(Section):
+    """Several processes, as `accelerate launch` starts them."""
+
+    timeout_s: Positive = 1800.0
+    """How long a process waits for the others before it takes them for gone. Above the time that
+    the main one takes to load and to write what the others need not."""
+
+
 class Tracking(Section):
     """Where metrics go besides `metrics.jsonl`."""
 

@@ -18,7 +18,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.initialization import no_init_weights
 
-from opcd.adapters import adapter_off, causal_model, merged_weights, share_frozen, trainable
+from opcd.adapters import (
+    adapter_off,
+    causal_model,
+    in_shards,
+    merged_weights,
+    share_frozen,
+    trainable,
+)
 from opcd.batching import padded_width
 from opcd.models import output_head, why_no_prefix
 from opcd.openings import Ids, find_openings, in_passes
@@ -30,6 +37,7 @@ from opcd.prefix_cache import (
 )
 from opcd.prefix_store import PrefixStore
 from opcd.rollouts.engine import Policy, Prompt, Sampling
+from opcd.sharding import whole
 from opcd.types import Rollout
 
 PASS_TOKENS = 64
@@ -66,32 +74,41 @@ class HFEngine:
         self._batch_rows = batch_rows
         self._policy: Policy | None = None
         self._copy: Any = None
-        self._copied: tuple[int, int] | None = None
-        """The version, and how often its weights had been written to: training gives each step a
-        version, but weights may also be loaded in between."""
+        self._copied: tuple[Policy, int, int] | None = None
+        """Whose weights the copy has: the version, and how often they were written to. Training
+        gives each step a version, but weights may also be loaded in between."""
         self._prefixes: dict[Policy, PrefixStore] = {
             "base": prefixes or PrefixStore(base, self._read_base)
         }
 
     @torch.no_grad()
     def use(self, policy: Policy, version: int) -> None:
-        """Answer as the student of this version, or as the base model."""
+        """Answer as the student of this version, or as the base model.
+
+        Where weights are in shards, every process has to ask for the same at the same time.
+        """
         self._policy = policy
-        if policy == "base":
+        if policy == "base" and not in_shards(self._base):
             return
-        copied = version, sum(p._version for p in trainable(self._student).values())
+        moved = sum(p._version for p in trainable(self._student).values())
+        copied = ("student", version, moved) if policy == "student" else ("base", 0, 0)
         if self._copied == copied:
             return
         if self._copy is None:
             self._copy = self._make_copy()
             read, most_bytes = partial(read_prefix, self._copy), self._prefixes["base"].most_bytes
             self._prefixes["student"] = PrefixStore(self._copy, read, most_bytes)
+            if in_shards(self._base):
+                self._prefixes["base"] = PrefixStore(self._copy, read, most_bytes)
         own = dict(self._copy.named_parameters())
-        for name, weight in merged_weights(self._student):
-            if own[name].data_ptr() != weight.data_ptr():
-                own[name].copy_(weight)
+        source = self._student if policy == "student" else self._base
+        for name, weight in merged_weights(source, policy):
+            values = whole(weight)
+            if own[name].data_ptr() != values.data_ptr():
+                own[name].copy_(values)
         self._copied = copied
-        self._prefixes["student"].clear()
+        if policy == "student":
+            self._prefixes["student"].clear()
 
     def _make_copy(self) -> Any:
         plain = causal_model(self._student)
@@ -104,13 +121,18 @@ class HFEngine:
 
     @property
     def _model(self) -> Any:
-        """What answers: for the base, a wrapper whose adapter has to be off."""
-        return self._base if self._policy == "base" else self._copy
+        """What answers: for the base, a wrapper whose adapter has to be off.
+
+        A base whose weights are in shards cannot answer; the copy has its weights then.
+        """
+        return self._base if self._policy == "base" and not in_shards(self._base) else self._copy
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
         """One response for each prompt, in their order."""
         assert self._policy, "use() says with which weights to answer"
+        if not prompts:
+            return []
         rollouts: dict[int, Rollout] = {}
         for part, prefixes in self._batches(prompts):
             cuts = [prefix.tokens for prefix in prefixes] or [0] * len(part)
@@ -126,10 +148,10 @@ class HFEngine:
     def _batches(self, prompts: Sequence[Prompt]) -> Iterator[tuple[list[int], list[SharedPrefix]]]:
         """Which prompts are answered together, and what of each was read apart, if anything."""
         assert self._policy, "use() says with which weights to answer"
-        store, whole = self._prefixes[self._policy], [prompt.ids for prompt in prompts]
-        cuts = [0] * len(whole) if why_no_prefix(self._model) else cut_prompts(prompts)
-        openings = [ids[:cut] for ids, cut in zip(whole, cuts, strict=True)]
-        order = sorted(range(len(whole)), key=lambda i: (openings[i], len(whole[i]) - cuts[i]))
+        store, full = self._prefixes[self._policy], [prompt.ids for prompt in prompts]
+        cuts = [0] * len(full) if why_no_prefix(self._model) else cut_prompts(prompts)
+        openings = [ids[:cut] for ids, cut in zip(full, cuts, strict=True)]
+        order = sorted(range(len(full)), key=lambda i: (openings[i], len(full[i]) - cuts[i]))
         ordered, uses = [openings[index] for index in order], Counter(openings)
         most_rows = self._batch_rows
         for part in in_passes(ordered, most_rows, store.most_tokens, most_rows):
