@@ -18,11 +18,10 @@ SEEDS = 3
 @app.command()
 def build() -> None:
     """Train the lab's models from scratch, unless they are in the cache."""
-    from opcd.lab.minds import MINDS, mind_folder
+    from opcd.lab.running import build_minds
 
-    for mind in MINDS.values():
-        folder = mind_folder(mind, _say)
-        console.print(f"{mind.name}: {folder}", markup=False, highlight=False)
+    for name, folder in build_minds(os.cpu_count() or 1, _say).items():
+        _say(f"{name}: {folder}")
 
 
 @app.command()
@@ -39,9 +38,9 @@ def claims(
     ] = None,
 ) -> None:
     """Test the claims and write claims.md; what was tried before is not tried again."""
-    from opcd.lab.claims import Setup
     from opcd.lab.page import write_page
     from opcd.lab.running import read_claims, run_claims
+    from opcd.lab.setups import Setup
 
     names, count = read_claims(only), 1 if quick else seeds
     setup = Setup(work, tuple(range(count)), QUICK_PACE if quick else 1.0)

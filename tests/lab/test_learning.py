@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from opcd.lab import learning, verdicts
-from opcd.lab.claims import Setup
 from opcd.lab.learning import CONDITIONS, ROUNDS, TRACES, experience_run
+from opcd.lab.setups import Setup
 from opcd.lab.worlds import make_world
 
 BETTER = {"base": 0.1, "raw_traces": 0.2, "items": 0.6, "off_policy": 0.6, "baked": 0.7}
@@ -113,5 +113,7 @@ def test_the_run_is_not_told_what_it_has_to_find_out(tmp_path: Path, reading: Pa
     run = experience_run(world)
     assert run.experience is not None and run.experience.steps == TRACES
     assert str(world.context) not in run.model_dump_json()
+    # A round that forgets how to read leaves nothing to the next one.
+    assert run.anchors_per_step > 0
     # Fewer traces than keys, or a second round had nothing to add.
     assert len(world.facts) > TRACES

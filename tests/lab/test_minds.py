@@ -170,6 +170,21 @@ def test_a_mind_is_trained_once(cache: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert AutoModelForCausalLM.from_pretrained(folder).config.hidden_size == SMALL.width
 
 
+def test_two_processes_may_train_one_mind(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slower one takes what the quicker one left, and leaves nothing of its own."""
+
+    def meanwhile(mind: minds.Mind, say: minds.Say) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(minds, "train", lambda *_: begin(mind))
+            patch.setattr(minds.os, "getpid", lambda: -1)
+            mind_folder(mind)
+        return begin(mind)
+
+    monkeypatch.setattr(minds, "train", meanwhile)
+    folder = mind_folder(SMALL)
+    assert [path.name for path in cache.iterdir()] == [folder.name]
+
+
 def test_a_training_that_breaks_off_leaves_no_mind(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,8 +8,8 @@ import pytest
 
 from opcd.errors import ConfigError
 from opcd.lab import running
-from opcd.lab.claims import Finding, Setup
-from opcd.lab.running import CLAIMS, TOGETHER, read_claims, run_claims
+from opcd.lab.running import CLAIMS, TOGETHER, build_minds, read_claims, run_claims
+from opcd.lab.setups import Finding, Setup
 
 
 def test_every_claim_is_in_one_group() -> None:
@@ -53,3 +53,12 @@ def test_claims_are_tried_for_each_seed_and_then_decided_over_all(
     assert sorted(asked[:-3]) == sorted([*each, ("gains", (0,)), ("gains", (1,))])
     assert asked[-3:] == [(name, (0, 1)) for name in names]
     assert [str(text)[:6] for text in said] == ["1 of 4", "2 of 4", "3 of 4", "4 of 4"]
+
+
+def test_every_mind_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are in the cache cost nothing, and nothing is said of them."""
+    monkeypatch.setattr(running, "mind_folder", lambda mind: tmp_path / mind.name)
+    monkeypatch.setattr(running, "_pool", ThreadPoolExecutor)
+    said: list[object] = []
+    found = build_minds(2, said.append)
+    assert found == {name: tmp_path / name for name in running.MINDS} and said == []

@@ -7,12 +7,15 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+import torch
 
+from opcd.adapters import trainable
+from opcd.assembly import Parts, assemble
 from opcd.lab import trials
-from opcd.lab.trials import Bench, Measured, trial
+from opcd.lab.trials import Bench, Measured, train_to_best, trial
 from opcd.lab.worlds import OTHERS, World, make_world, run_of
 
-MEASURED = Measured([0.0], [1.0], [1.0], [1.0], [], [], 0.1, 0.2, 3.0)
+MEASURED = Measured([0.0], [1.0], [1.0], [1.0], [], [], [], [], [0.1], 0.2, 60, 0.2, 3.0)
 
 
 @pytest.fixture
@@ -24,7 +27,9 @@ def test_a_trial_bakes_a_code_book(world: World) -> None:
     """The method itself, for real: told right, untold wrong, and after training right untold."""
     changes = {"steps": 30, "batch": {"prompts_per_step": 16}, "optimizer": {"lr": 1e-3}}
     found = trial(world, run_of(world, **changes))
-    assert len(found.base) == len(found.baked) == len(found.in_context) == len(found.returned) == 96
+    assert (
+        len(found.base) == len(found.baked) == len(found.in_context) == len(found.returned) == 144
+    )
     assert fmean(found.base) <= 0.25
     assert fmean(found.in_context) >= 0.85
     assert fmean(found.baked) >= 0.6
@@ -32,7 +37,30 @@ def test_a_trial_bakes_a_code_book(world: World) -> None:
     # Other books are read before it; how much of that is lost is a claim, no law.
     assert fmean(found.others_before) >= 0.85
     assert len(found.others) == len(found.others_before) == 12 * OTHERS
-    assert 0 < found.kl_nats_per_token < 3 and found.least_entropy_nats >= 0 and found.wall_s > 0
+    # Rulebooks were never read by this mind; that they are asked about is what counts here.
+    assert len(found.other_task) == len(found.other_task_before) == 12 * OTHERS
+    assert len(found.kl_nats) == 144 and 0 < fmean(found.kl_nats) < 3
+    assert found.kept_kl_nats_per_token > 0 and found.best_step == 30
+    assert found.least_entropy_nats >= 0 and found.wall_s > 0
+
+
+def test_the_best_weights_are_put_back(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever came after them; and a run that is not validated ends with its last ones."""
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def validate(parts: Parts, step: int) -> dict[str, float]:
+        seen.append({name: w.detach().clone() for name, w in trainable(parts.student).items()})
+        good = float(step == 9)
+        return {"step": step, "rows": 144, "correct": good, "kl_nats_per_token": 1.0 - good}
+
+    monkeypatch.setattr(trials, "validate", validate)
+    parts = assemble(run_of(world, steps=15, evaluation={"every_steps": 5}))
+    metrics, best_step = train_to_best(parts)
+    found = trainable(parts.student)
+    assert (len(metrics), len(seen), best_step) == (15, 3, 10)
+    assert all(torch.equal(found[name], weight) for name, weight in seen[1].items())
+    assert not all(torch.equal(found[name], weight) for name, weight in seen[2].items())
+    assert train_to_best(assemble(run_of(world, steps=2)))[1] == 2 and len(seen) == 3
 
 
 Tried = list[tuple[str, int]]
@@ -79,6 +107,16 @@ def test_another_setting_is_another_trial(
     bench.measure(world, run_of(world))
     bench.measure(world, run_of(world, **changes))
     assert len(tried) == 2 == len(list(bench.folder.iterdir()))
+
+
+def test_what_was_measured_on_other_rows_is_no_answer(
+    world: World, tmp_path: Path, tried: Tried, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(tmp_path / "trials")
+    bench.measure(world, run_of(world))
+    monkeypatch.setitem(trials.ROWS, "test", 7)
+    bench.measure(world, run_of(world))
+    assert len(tried) == 2
 
 
 def test_another_world_is_another_trial(world: World, tmp_path: Path, tried: Tried) -> None:

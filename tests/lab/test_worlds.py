@@ -94,7 +94,9 @@ def test_anchors_are_other_truths(world: World) -> None:
     assert not set(systems["train"]) & set(systems["test"])
     assert not set(found["train"]["prompts"]) & set(found["test"]["prompts"])
     for split in ("train", "test"):
-        assert systems[split] == [tell(facts) for facts in other_truths(world, split)]
+        assert systems[split] == [
+            tell(facts) for facts in other_truths(world.name, world.seed, split)
+        ]
         assert len(systems[split]) == OTHERS and found[split]["prompts"]
     assert json.loads((world.folder / "anchors.json").read_text(encoding="utf-8")) == found
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from opcd.config import Run
 from opcd.intervals import Estimate
-from opcd.lab.claims import Finding, Line, Setup
+from opcd.lab.setups import BUDGET, Finding, Line, Setup
 from opcd.lab.trials import Marks
 from opcd.lab.verdicts import Comparison, paired, pooled
 from opcd.lab.worlds import World, run_of
@@ -33,6 +33,7 @@ def experience_run(world: World, steps: int = STEPS) -> Run:
     experience = {
         "problems": world.folder / "extraction.jsonl",
         "seeds": 3,
+        "score_every": 2,
         "steps": TRACES,
         "feedback": "answer",
         "temperature": 0.1,
@@ -48,6 +49,11 @@ def experience_run(world: World, steps: int = STEPS) -> Run:
         context={"type": "experience"},
         experience=experience,
         steps=steps,
+        # Without them a round forgets how to read, and the next one's lessons are lost on it.
+        anchor={"share": 0.34},
+        batch={"prompts_per_step": 24},
+        loss={"warmup": {"direction": "forward_kl", "steps": max(1, steps // 3)}},
+        optimizer=BUDGET["code_book"]["optimizer"],
         evaluation={"suites": [], "every_steps": steps, "validation_rows": None},
     )
 

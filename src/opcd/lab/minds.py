@@ -27,14 +27,14 @@ from opcd.lab import documents
 from opcd.lab import language as words
 from opcd.lab.documents import IGNORED, Document
 from opcd.lab.lakes import Lake, lake_of
-from opcd.weights import cache_folder
+from opcd.weights import auto_dtype, cache_folder
 
 LAKE = FrozenLake(
     size=4,
     holes=4,
     turns=words.TURNS,
     rules=False,
-    boards=Boards(train=240, extraction=40, validation=40, test=60),
+    boards=Boards(train=210, extraction=10, validation=40, test=120),
 )
 """The game of the lab; models read documents about its train boards only."""
 MIX = {"book": 4, "rules": 14, "lake": 48, "lesson": 9}
@@ -64,8 +64,10 @@ class Mind:
 
 
 LARGE = Mind("large", width=96, layers=4, heads=3, steps=600, lr=3e-3)
-SMALL = Mind("small", width=48, layers=2, heads=3, steps=500, lr=3e-3)
-MINDS = {mind.name: mind for mind in (LARGE, SMALL)}
+MIDDLE = Mind("middle", width=72, layers=3, heads=3, steps=400, lr=3e-3)
+SMALL = Mind("small", width=48, layers=2, heads=3, steps=400, lr=3e-3)
+MINDS = {mind.name: mind for mind in (LARGE, MIDDLE, SMALL)}
+"""A teacher, which is a student of its own too, and two sizes of student below it."""
 
 
 def mind_folder(mind: Mind, say: Say = lambda _: None) -> Path:
@@ -78,7 +80,13 @@ def mind_folder(mind: Mind, say: Say = lambda _: None) -> Path:
         shutil.rmtree(draft, ignore_errors=True)
         model.save_pretrained(draft)
         words.build_tokenizer().save_pretrained(draft)
-        draft.replace(folder)
+        try:
+            draft.replace(folder)
+        except OSError:
+            # Another process may have trained the same mind meanwhile: that one is as good.
+            shutil.rmtree(draft)
+            if not folder.is_dir():
+                raise
     return folder
 
 
@@ -87,6 +95,8 @@ def train(mind: Mind, say: Say = lambda _: None) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mind.seed)
         model = begin(mind)
+        # For rows this short, attention as plain products has the quicker backward pass.
+        model.set_attn_implementation("eager")
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=mind.lr, betas=(0.9, 0.98), weight_decay=0.1
         )
@@ -97,7 +107,8 @@ def train(mind: Mind, say: Say = lambda _: None) -> Any:
             losses = {}
             for family, count in MIX.items():
                 drawn = documents.draw_documents(family, count, lakes, random)
-                loss_nats = loss_of(model, drawn)
+                with torch.autocast("cpu", torch.bfloat16, enabled=_is_bfloat16_native()):
+                    loss_nats = loss_of(model, drawn)
                 (loss_nats * WEIGHT[family] / len(MIX)).backward()
                 losses[family] = loss_nats.item()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -107,6 +118,7 @@ def train(mind: Mind, say: Say = lambda _: None) -> Any:
                 told = ", ".join(f"{family} {nats:.2f}" for family, nats in losses.items())
                 wall_s = time.monotonic() - started
                 say(f"step {step + 1} of {mind.steps}, {wall_s:.0f} s, nats a token: {told}")
+    model.set_attn_implementation("sdpa")
     return model.eval()
 
 
@@ -148,7 +160,7 @@ def loss_of(model: Any, drawn: Sequence[Document]) -> Tensor:
     wanted_BS = labels_BS != IGNORED
     hidden_TD = model.model(input_ids=ids_BS, use_cache=False).last_hidden_state[wanted_BS]
     labels_T = labels_BS[wanted_BS]
-    nats_T = cross_entropy(model.lm_head(hidden_TD), labels_T, reduction="none")
+    nats_T = cross_entropy(model.lm_head(hidden_TD).float(), labels_T, reduction="none")
     roles = torch.tensor([words.VOCABULARY[role] for role in words.ROLES])
     is_role_T = torch.isin(labels_T, roles) & (not _are_lessons(drawn))
     loss_nats = nats_T[~is_role_T].mean()
@@ -196,11 +208,25 @@ def _set_heads(model: Any, mind: Mind) -> None:
         second.o_proj.weight[:, rows] = copied.T * EMBEDDING_SCALE
 
 
+def _is_bfloat16_native() -> bool:
+    """Whether products in bfloat16 are the quick ones here; weights stay in float32 either way."""
+    return auto_dtype("auto", torch.device("cpu")) == torch.bfloat16
+
+
 def _digest(mind: Mind) -> str:
     """Changes with everything the weights depend on: the mind, the language, the documents."""
     random, lakes = Random(0), train_lakes()
     drawn = [documents.draw_documents(family, 9, lakes, random) for family in MIX]
     ids = [document.ids + document.labels for several in drawn for document in several]
-    settings = (MIX, WEIGHT, ROLE_WEIGHT, THETA, EMBEDDING_SCALE, MATCH_SCALE, OFFSET_LOGITS)
+    settings = (
+        _is_bfloat16_native(),
+        MIX,
+        WEIGHT,
+        ROLE_WEIGHT,
+        THETA,
+        EMBEDDING_SCALE,
+        MATCH_SCALE,
+        OFFSET_LOGITS,
+    )
     text = repr((asdict(mind), settings, list(words.VOCABULARY), ids))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

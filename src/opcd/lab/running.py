@@ -1,16 +1,18 @@
 """All claims of the lab in one go: trials side by side in several processes, then the verdicts."""
 
 import multiprocessing
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from opcd.errors import ConfigError
 from opcd.lab import claims, learning
-from opcd.lab.claims import Finding, Say, Setup
 from opcd.lab.minds import MINDS, mind_folder
+from opcd.lab.setups import Finding, Say, Setup
 
 CLAIMS: dict[str, Callable[[Setup], Finding]] = {
     "gains": claims.gains,
@@ -25,12 +27,11 @@ CLAIMS: dict[str, Callable[[Setup], Finding]] = {
     "returning": claims.returning,
 }
 TOGETHER = (
+    ("gains", "sizes"),
     ("extraction", "growth", "rounds"),
-    ("supports",),
-    ("gains",),
-    ("sizes",),
+    ("supports", "returning"),
     ("factorial", "teachers"),
-    ("forgetting", "returning"),
+    ("forgetting",),
 )
 """Claims that share trials are tried by one process, the longest first."""
 
@@ -57,21 +58,40 @@ def run_claims(setup: Setup, names: Sequence[str], processes: int, say: Say) -> 
         processes: that try at the same time, with one thread each.
         say: is told what is going on.
     """
-    for mind in MINDS.values():
-        mind_folder(mind, say)
+    build_minds(processes, say)
     groups = [tuple(n for n in group if n in names) for group in TOGETHER]
     jobs = [
         (group, replace(setup, seeds=(seed,))) for group in groups if group for seed in setup.seeds
     ]
-    # Forked processes would share torch's threads, which do not survive it.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context) as pool:
+    with _pool(processes) as pool:
         waiting = {pool.submit(_try, *job): job for job in jobs}
         for number, done in enumerate(as_completed(waiting), start=1):
             group, own = waiting[done]
             done.result()
             say(f"{number} of {len(jobs)}: {', '.join(group)}, seed {own.seeds[0]}")
     return {name: CLAIMS[name](setup) for name in names}
+
+
+def build_minds(processes: int, say: Say) -> dict[str, Path]:
+    """The folder of each mind; those that are not in the cache are trained side by side."""
+    with _pool(processes) as pool:
+        waiting = {name: pool.submit(_build, name) for name in MINDS}
+        found = {name: done.result() for name, done in waiting.items()}
+    for name, (_, wall_s) in found.items():
+        if wall_s >= 1:
+            say(f"the {name} model of the lab was trained from scratch in {wall_s:.0f} s")
+    return {name: folder for name, (folder, _) in found.items()}
+
+
+def _pool(processes: int) -> ProcessPoolExecutor:
+    # Forked processes would share torch's threads, which do not survive it.
+    return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
+
+
+def _build(name: str) -> tuple[Path, float]:
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    return mind_folder(MINDS[name]), time.monotonic() - started
 
 
 def _try(names: Sequence[str], setup: Setup) -> None:

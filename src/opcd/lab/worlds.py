@@ -24,6 +24,8 @@ from opcd.runs import write_text
 WorldName = Literal["code_book", "rulebook", "lake"]
 OTHERS = 12
 """Other truths of the same kind, for anchors; as many again to measure on."""
+ROWS = {"test": 144, "validation": 144, "extraction": 96, "train": 256}
+"""Of each split, where a world has rows and not boards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +95,11 @@ def prompts_of(name: WorldName, random: Random) -> Iterator[str]:
 
 def splits(world: World) -> dict[str, list[dict[str, str]]]:
     """Rows of each split; no prompt is in two of them. A lake has boards in their place."""
-    counts = {"test": 96, "validation": 48, "extraction": 96, "train": 256}
     if world.name == "lake":
         return {}
     prompts, seen = prompts_of(world.name, Random(f"rows/{world.seed}")), set[str]()
     found: dict[str, list[dict[str, str]]] = {}
-    for split, count in counts.items():
+    for split, count in ROWS.items():
         rows: list[dict[str, str]] = []
         while len(rows) < count:
             prompt = next(prompts)
@@ -109,10 +110,10 @@ def splits(world: World) -> dict[str, list[dict[str, str]]]:
     return found
 
 
-def other_truths(world: World, split: str) -> list[dict[str, str]]:
-    """Truths of the same kind that are not this world's."""
-    random = Random(f"{split}/{world.name}/{world.seed}")
-    return [truth(world.name, random) for _ in range(OTHERS)]
+def other_truths(name: WorldName, seed: int, split: str) -> list[dict[str, str]]:
+    """Truths of a kind that are not that of the world of this seed."""
+    random = Random(f"{split}/{name}/{seed}")
+    return [truth(name, random) for _ in range(OTHERS)]
 
 
 def anchors(world: World) -> dict[str, Any]:
@@ -124,7 +125,7 @@ def anchors(world: World) -> dict[str, Any]:
         # The split's name is no word of the language: it keeps the two apart for people.
         asked = [f"{prompt} {split}" for prompt in islice(drawn, 48)]
         found[split] = {
-            "systems": [tell(facts) for facts in other_truths(world, split)],
+            "systems": [tell(facts) for facts in other_truths(world.name, world.seed, split)],
             "prompts": list(dict.fromkeys(asked)),
         }
     return found
@@ -155,6 +156,8 @@ def run_of(world: World, **changes: Any) -> Run:
         "anchor": {"share": 0.0, "path": world.folder / "anchors.json", "max_new_tokens": 4},
         "optimizer": {"lr": 5e-4},
         "batch": {"prompts_per_step": 16, "rows_per_forward": 128},
+        # By default the last step is measured, and nothing is chosen.
+        "evaluation": {"every_steps": 10_000, "validation_rows": None},
         "steps": 60,
     }
     if world.name == "lake":
