@@ -26,6 +26,9 @@ OTHERS = 12
 """Other truths of the same kind, for anchors; as many again to measure on."""
 ROWS = {"test": 144, "validation": 144, "extraction": 96, "train": 256}
 """Of each split, where a world has rows and not boards."""
+READERS: dict[WorldName, str] = {"code_book": "large", "rulebook": "middle", "lake": "large"}
+"""Whose world it is. The large model reads a rulebook from its prompt without a mistake, the middle
+one half of its messages: the imperfect context that some claims are about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +148,7 @@ def run_of(world: World, **changes: Any) -> Run:
         "seed": world.seed,
         "out": world.folder / "runs",
         "model": {
-            "path": str(mind_folder(MINDS["large"])),
+            "path": str(mind_folder(MINDS[READERS[world.name]])),
             "dtype": "float32",
             "device": "cpu",
             "tuning": {"type": "full"},
