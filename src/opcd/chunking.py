@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from opcd.config.training import Loss
-from opcd.divergence import TokenStats, token_stats
+from opcd.divergence import TokenStats, stats_and_gradient, token_stats
 
 Head = Callable[[Tensor], Tensor]
 """hidden_CD -> logits_CV"""
@@ -41,30 +41,34 @@ def chunked_stats(
         loss: what to compute.
     """
 
-    def one_chunk(student_CD: Tensor, teacher_CD: Tensor, response_C: Tensor) -> TokenStats:
+    def logits_of(student_CD: Tensor, teacher_CD: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             teacher_CV = teacher_head(teacher_CD)
         student_CV = student_head(student_CD)
         # Two models of one vocabulary may pad their heads to different widths.
         width = min(student_CV.shape[-1], teacher_CV.shape[-1])
-        return token_stats(student_CV[:, :width], teacher_CV[:, :width], response_C, loss)
+        return student_CV[:, :width], teacher_CV[:, :width]
+
+    def one_chunk(student_CD: Tensor, teacher_CD: Tensor, response_C: Tensor) -> TokenStats:
+        return token_stats(*logits_of(student_CD, teacher_CD), response_C, loss)
 
     def slices(*sides: Tensor) -> Iterator[tuple[Tensor, ...]]:
         return zip(*(side_T.split(loss.chunk_tokens) for side_T in sides), strict=True)
 
-    def stats_and_gradient(student_TD: Tensor) -> tuple[TokenStats, Tensor]:
+    def run_frozen(student_TD: Tensor) -> tuple[TokenStats, Tensor]:
         found, gradients = [], []
-        for student_CD, *rest in slices(student_TD, teacher_TD, response_T):
+        for student_CD, teacher_CD, response_C in slices(student_TD, teacher_TD, response_T):
             leaf_CD = student_CD.detach().requires_grad_()
             with torch.enable_grad():
-                stats = one_chunk(leaf_CD, *rest)
-                gradients += torch.autograd.grad(stats.divergence_T.sum(), leaf_CD)
-            found.append(TokenStats(*(column.detach() for column in stats)))
+                student_CV, teacher_CV = logits_of(leaf_CD, teacher_CD)
+            stats, gradient_CV = stats_and_gradient(student_CV, teacher_CV, response_C, loss)
+            gradients += torch.autograd.grad(student_CV, leaf_CD, gradient_CV)
+            found.append(stats)
         return _join(found), torch.cat(gradients)
 
     # The head of no token costs nothing, and tells whether it would be trained.
     if torch.is_grad_enabled() and not student_head(student_TD[:0].detach()).requires_grad:
-        return TokenStats(*_FrozenHead.apply(student_TD, stats_and_gradient))
+        return TokenStats(*_FrozenHead.apply(student_TD, run_frozen))
     parts = slices(student_TD, teacher_TD, response_T)
     return _join([checkpoint(one_chunk, *part, use_reentrant=False) for part in parts])
 

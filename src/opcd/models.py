@@ -21,6 +21,7 @@ from opcd.chunking import Head, chunked_stats
 from opcd.config.training import Loss
 from opcd.divergence import TokenStats
 from opcd.errors import ModelError
+from opcd.products import frozen_product
 
 PROBES = (
     "The quick brown fox, 1,234.50 EUR - naïve café?\n",
@@ -158,7 +159,10 @@ def _precise_linear(linear: Any, hidden_CD: Tensor) -> Tensor:
     weight, bias = _precise(linear.weight), linear.bias
     with torch.autocast(hidden_CD.device.type, enabled=False):
         bias = None if bias is None else bias.to(weight.dtype)
-        return functional.linear(hidden_CD.to(weight.dtype), weight, bias)
+        hidden_CD = hidden_CD.to(weight.dtype)
+        if weight.requires_grad:
+            return functional.linear(hidden_CD, weight, bias)
+        return frozen_product(hidden_CD, weight, bias, linear.weight)
 
 
 _PRECISE: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

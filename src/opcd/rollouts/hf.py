@@ -22,6 +22,7 @@ from opcd.models import output_head, why_no_prefix
 from opcd.prefix_cache import SharedPrefix, forward_after_prefix, read_prefix
 from opcd.rendering import common_prefix
 from opcd.rollouts.engine import Policy, Prompt, Sampling
+from opcd.rollouts.packing import PackedLinear, load_weights, pack_linears
 from opcd.types import Rollout
 
 MIN_PREFIX_TOKENS = 64
@@ -56,6 +57,7 @@ class HFEngine:
         self._batch_rows = batch_rows
         self._policy: Policy | None = None
         self._copy: Any = None
+        self._packed: dict[str, PackedLinear] = {}
         self._copied: tuple[int, int] | None = None
         """The version, and how often its weights had been written to: training gives each step a
         version, but weights may also be loaded in between."""
@@ -72,10 +74,7 @@ class HFEngine:
             return
         if self._copy is None:
             self._copy = self._make_copy()
-        own = dict(self._copy.named_parameters())
-        for name, weight in merged_weights(self._student):
-            if own[name].data_ptr() != weight.data_ptr():
-                own[name].copy_(weight)
+        load_weights(self._copy, self._packed, merged_weights(self._student))
         self._copied = copied
         self._prefixes.pop("student", None)
 
@@ -86,6 +85,9 @@ class HFEngine:
             copy: Any = AutoModelForCausalLM.from_config(plain.config, dtype=self._dtype)
         copy.to(plain.device).eval().requires_grad_(False)
         share_frozen(self._student, copy)
+        shared = {weight.data_ptr() for weight in plain.parameters()}
+        head = copy.get_output_embeddings()
+        self._packed = pack_linears(copy, {*shared, head.weight.data_ptr()})
         return copy
 
     @property
