@@ -2,6 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/support_desk
 INSTALL := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
+TRL_INSTALL := .venv-trl/bin/pip install --quiet --no-compile --constraint constraints.txt
 
 # What one command compiles, the next one finds, also where the environment says otherwise.
 unexport PYTHONDONTWRITEBYTECODE
@@ -32,9 +33,16 @@ types: .venv/dev
 unit: .venv/dev
 	$(BIN)/pytest
 
-bench: .venv/ready
-	$(BIN)/python benchmarks/divergence.py
-	$(BIN)/python benchmarks/teacher_prefix.py
+# opcd beside TRL's trainer, which lives in an environment of its own; writes docs/performance.md.
+# make bench QUICK=--quick takes fewer contexts and repetitions.
+bench: .venv/ready .venv-trl/ready
+	$(BIN)/python benchmarks/sdft.py $(QUICK)
+
+.venv-trl/ready: constraints.txt
+	$(PYTHON) -m venv .venv-trl
+	$(TRL_INSTALL) torch
+	$(TRL_INSTALL) trl==1.16.0 peft datasets accelerate transformers
+	touch $@
 
 wheel: .venv/dev
 	$(BIN)/python -m build --wheel
@@ -53,4 +61,4 @@ wheel: .venv/dev
 	touch $@
 
 clean:
-	rm -rf .venv dist build
+	rm -rf .venv .venv-trl dist build

@@ -23,6 +23,8 @@ from opcd.rollouts.hf import HFEngine
 from opcd.tally import peak_bytes
 from opcd.training import flushed_denormals, prepare
 
+PORTION_ROWS = 4
+"""Rows in one forward and backward pass: two of them are no slower than one, and take less memory."""
 STEPS = 100_000
 """More than will be asked for, so that the schedule does not end."""
 
@@ -50,13 +52,15 @@ template = {json.dumps(template)}
 train = "train.jsonl"
 [rollout]
 max_new_tokens = {load.new_tokens}
+[loss]
+chunk_tokens = 64
 [optimizer]
 lr = {load.lr}
 schedule = "constant"
 warmup_steps = 0
 [batch]
 prompts_per_step = {len(load.prompts)}
-rows_per_forward = {len(load.prompts)}
+rows_per_forward = {PORTION_ROWS}
 [anchor]
 share = 0.0
 """

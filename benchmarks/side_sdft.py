@@ -6,14 +6,11 @@ Runs where trl 1.16.0 is installed and opcd is not. What would slow SDFT down wi
 the method is off: gradient checkpointing, the importance ratio, logging.
 """
 
-import os
 import resource
 import sys
 import time
 from pathlib import Path
 from typing import Any
-
-os.environ.update(HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1", TOKENIZERS_PARALLELISM="false")
 
 import torch
 import workload

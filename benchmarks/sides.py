@@ -32,9 +32,10 @@ class Side:
     def start(self) -> "Side":
         """Load everything; the process then waits."""
         (self.folder / "workload.json").write_text(self.load.dump())
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        if self.script == "side_opcd.py":
-            environment["PYTHONPATH"] = str(HERE.parent / "src")
+        quiet = {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+        # Of this checkout for opcd; nothing of it where TRL is.
+        source = str(HERE.parent / "src") if self.script == "side_opcd.py" else ""
+        environment = {**os.environ, **quiet, "PYTHONPATH": source}
         self.process = subprocess.Popen(
             [self.python, str(HERE / self.script), str(self.folder)],
             stdin=subprocess.PIPE,

@@ -33,7 +33,7 @@ FLOORS = (
         "near_duplicates",
         "screening",
     ),
-    ("divergence", "batching", "chunking"),
+    ("divergence", "batching", "chunking", "products"),
     (
         "weights",
         "adapters",

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from opcd.config.training import ExactSupport, Loss, Sampled, TopK
-from opcd.divergence import score_function, support_ids, token_stats
+from opcd.divergence import score_function, stats_and_gradient, support_ids, token_stats
 
 DIRECTIONS = ("reverse_kl", "forward_kl", "jsd")
 SIDES = ("student", "teacher", "union")
@@ -258,3 +258,38 @@ def test_k_larger_than_the_vocabulary_names_key_and_way_out() -> None:
     student, teacher, _ = logits()
     with pytest.raises(ValueError, match=r"loss\.support\.k = 14 .*vocabulary of 13.*lower it"):
         support_ids(student, teacher, TopK(k=14))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("support", [ExactSupport(), TopK(k=4)], ids=["exact", "top_k"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_gradients_in_closed_form_are_those_of_autograd(
+    direction: Any, support: Any, temperature: float
+) -> None:
+    """And all statistics are the same; the logits themselves are left as they were."""
+    loss = Loss(direction=direction, support=support, temperature=temperature)
+    student, teacher, response = logits(seed=3)
+    leaf = student.clone().requires_grad_()
+    wanted = token_stats(leaf, teacher, response, loss)
+    (gradient,) = torch.autograd.grad(wanted.divergence_T.sum(), leaf)
+    before = student.clone(), teacher.clone()
+    found, closed = stats_and_gradient(student, teacher, response, loss)
+    torch.testing.assert_close(closed, gradient)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs.detach())
+    assert torch.equal(student, before[0])
+    assert torch.equal(teacher, before[1])
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS[:2])
+def test_autocast_does_not_round_a_closed_form(direction: Any) -> None:
+    """A run's forward pass is under it, and its losses are float32 all the same."""
+    student, teacher, response = (part.float() for part in logits(seed=4))
+    loss = Loss(direction=direction)
+    wanted, _ = stats_and_gradient(student, teacher, response.long(), loss)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, gradient = stats_and_gradient(student, teacher, response.long(), loss)
+    assert gradient.dtype == torch.float32
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours, theirs)

@@ -24,6 +24,7 @@ from opcd.config.training import Direction, Loss
 from opcd.divergence import TokenStats
 from opcd.drawing import Rollouts, roll_out
 from opcd.errors import DivergedError, RolloutError
+from opcd.rollouts.engine import Resting
 from opcd.tally import Tally, peak_bytes, release_memory
 from opcd.teachers import LocalTeacher
 from opcd.types import Answered, Origin
@@ -62,6 +63,8 @@ def distill(parts: Parts, trainer: Trainer) -> Iterator[StepReport]:
         with tally.timed("wall_s"):
             with tally.timed("rollout_s"):
                 rollouts = coach_rollouts(parts, roll_out(parts, trainer.step), trainer.step)
+                if isinstance(parts.engine, Resting):
+                    parts.engine.rest()
             count_rollouts(parts, rollouts, tally)
             answered = rollouts.answered
             loss = loss_at(parts.config.loss, trainer.step)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.nn import Parameter, functional
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 PACKED = (torch.float32, torch.bfloat16)
@@ -41,8 +41,9 @@ def frozen_product(
 
 
 def can_pack(weight_OI: Tensor) -> bool:
-    """Whether `pack` takes this weight."""
-    return HAS_ONEDNN and weight_OI.device.type == "cpu" and weight_OI.dtype in PACKED
+    """Whether `pack` takes this weight: a plain one, on a CPU, in one of two dtypes."""
+    is_plain = type(weight_OI) in (Tensor, Parameter) and weight_OI.device.type == "cpu"
+    return HAS_ONEDNN and is_plain and weight_OI.dtype in PACKED
 
 
 def pack(weight_OI: Tensor, rows: int) -> Tensor:

@@ -78,6 +78,14 @@ class HFEngine:
         self._copied = copied
         self._prefixes.pop("student", None)
 
+    def rest(self) -> None:
+        """Let go of the weights that the next version will bring anew."""
+        if self._packed:
+            self._copied = None
+            self._prefixes.pop("student", None)
+        for layer in self._packed.values():
+            layer.load(None)
+
     def _make_copy(self) -> Any:
         plain = causal_model(self._student)
         # `use` gives it all of its weights, so it draws none: that would take 4 s.

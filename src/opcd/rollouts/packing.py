@@ -23,14 +23,17 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.bias = plain.bias
         self._dtype = plain.weight.dtype
-        self._packed = plain.weight.detach()
+        self._packed: Tensor | None = None
 
-    def load(self, weight_OI: Tensor) -> None:
-        """Compute with this weight from now on."""
-        self._packed = pack(weight_OI.to(self._dtype).contiguous(), USUAL_ROWS)
+    def load(self, weight_OI: Tensor | None) -> None:
+        """Compute with this weight from now on; `None` lets go of the one that was."""
+        if weight_OI is not None:
+            weight_OI = pack(weight_OI.to(self._dtype).contiguous(), USUAL_ROWS)
+        self._packed = weight_OI
 
     def forward(self, x: Tensor) -> Tensor:
         """`x W' + b`."""
+        assert self._packed is not None, "a packed layer is given its weight before it answers"
         return packed_product(x, self._packed, self.bias)
 
 
