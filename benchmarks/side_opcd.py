@@ -24,7 +24,7 @@ from opcd.tally import peak_bytes
 from opcd.training import flushed_denormals, prepare
 
 PORTION_ROWS = 4
-"""Rows in one forward and backward pass: two of them are no slower than one, and take less memory."""
+"""Rows in one forward and backward pass, of whose activations the memory is."""
 STEPS = 100_000
 """More than will be asked for, so that the schedule does not end."""
 
