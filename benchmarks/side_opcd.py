@@ -18,6 +18,7 @@ import workload
 from opcd.assembly import Parts, assemble
 from opcd.config import load_config
 from opcd.distill import distill
+from opcd.openings import Openings
 from opcd.rendering import common_prefix
 from opcd.rollouts.hf import HFEngine
 from opcd.tally import peak_bytes
@@ -78,7 +79,7 @@ def assemble_parts(folder: Path, load: workload.Workload) -> Parts:
             replace(item, pair=replace(item.pair, teacher_ids=item.pair.student_ids))
             for item in parts.items["train"]
         ]
-        parts.teacher.prefix = None
+        parts.teacher.openings = Openings()
     return parts
 
 
@@ -95,10 +96,12 @@ def count_tokens(parts: Parts) -> dict[str, int]:
 
 def read_context(parts: Parts) -> float:
     """Seconds to read the context once and to check it, as a run does before its first step."""
+    parts.teacher.prefixes.clear()
+    known = next(iter(parts.teacher.openings.known))
     prompts = [item.pair.teacher_ids for item in parts.items["train"]]
-    shared = common_prefix(prompts)
+    probe = next(ids for ids in prompts if ids[: len(known)] == known)
     started = time.perf_counter()
-    parts.teacher.share_prefix(prompts[0][:shared], prompts[0][shared:])
+    parts.teacher.share(parts.teacher.openings, probe)
     return time.perf_counter() - started
 
 

@@ -17,7 +17,10 @@ import workload
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer, TrainerCallback
-from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+from trl.experimental.sdft import (  # pyright: ignore[reportMissingImports]
+    SDFTConfig,
+    SDFTTrainer,
+)
 
 
 class TimedTrainer(SDFTTrainer):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from opcd.batching import Batch, Side, collate
+from opcd.openings import Openings
 from opcd.teachers import LocalTeacher
 from opcd.types import PromptPair, Rollout
 from opcd.weights import load_model
@@ -56,19 +57,17 @@ def compare(model: Any, context_tokens: int, repetitions: int) -> dict[str, floa
     pairs, rollouts = build(context_tokens, model.config.vocab_size)
     sharing = LocalTeacher(model, nullcontext, nullcontext)
     started = time.perf_counter()
-    context, rest = pairs[0].teacher_ids[:context_tokens], pairs[0].teacher_ids[context_tokens:]
-    reason = sharing.share_prefix(context, rest)
+    reason = sharing.share(Openings([p.teacher_ids for p in pairs]), pairs[0].teacher_ids)
     assert reason is None, reason
     read_s = time.perf_counter() - started
     whole: Batch = collate(pairs, rollouts)
-    own: Batch = collate(pairs, rollouts, sharing.prefix_tokens)
     times: dict[str, list[float]] = {"whole_s": [], "shared_s": []}
     for _ in range(repetitions):
-        times["shared_s"].append(timed(lambda: sharing.hidden(own.teacher)))
+        times["shared_s"].append(timed(lambda: sharing.hidden(whole.teacher)))
         times["whole_s"].append(timed(lambda: read_whole(model, whole.teacher)))
     whole_TV, own_TV = (
         sharing.head(hidden_TD).log_softmax(-1)
-        for hidden_TD in (read_whole(model, whole.teacher), sharing.hidden(own.teacher))
+        for hidden_TD in (read_whole(model, whole.teacher), sharing.hidden(whole.teacher))
     )
     medians = {name: statistics.median(values) for name, values in times.items()}
     error = (whole_TV - own_TV).abs().max().item()

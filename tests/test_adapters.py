@@ -127,3 +127,23 @@ def test_weights_that_are_missing_or_of_another_shape_are_refused(
     save_weights(tuned(tuning, hidden_size=24), tmp_path / "other")
     with pytest.raises(ModelError, match="does not hold this run's weights"):
         load_weights(tuned(tuning), tmp_path / "other")
+
+
+def test_the_base_of_an_adapted_model_is_what_it_was() -> None:
+    """An engine whose models are in shards copies these to answer as the base."""
+    plain = dict(tiny_llama().named_parameters())
+    found = dict(merged_weights(tuned(), "base"))
+    assert found.keys() == plain.keys()
+    assert all(torch.equal(weight, plain[name]) for name, weight in found.items())
+
+
+def test_an_adapter_that_is_off_is_still_trained() -> None:
+    """Weights in shards take note of what is trained once; one that is off inside stays off."""
+    model = tuned()
+    before = list(trainable(model))
+    with adapter_off(model):
+        assert list(trainable(model)) == before
+        with adapter_off(model):
+            pass
+        assert torch.equal(logits(model), logits(tiny_llama()))
+    assert not torch.equal(logits(model), logits(tiny_llama()))

@@ -25,6 +25,7 @@ FLOORS = (
         "contexts",
         "graders",
         "rendering",
+        "openings",
         "anchors",
         "intervals",
         "other_contexts",
@@ -32,20 +33,23 @@ FLOORS = (
         "instructions",
         "near_duplicates",
         "screening",
+        "memory",
     ),
     ("divergence", "batching", "chunking", "products"),
     (
         "weights",
         "adapters",
+        "sharding",
         "models",
         "prefix_cache",
+        "prefix_store",
         "teachers",
         "rollouts",
         "rollouts.*",
         "envs",
         "envs.*",
     ),
-    ("runs", "checkpoint", "tracking", "tally", "traces"),
+    ("runs", "checkpoint", "tracking", "tally", "traces", "launch"),
     (
         "items",
         "assembly",
@@ -94,7 +98,7 @@ FLOORS = (
         "cost_tables",
     ),
     ("lab", "lab.*"),
-    ("cli", "experience_cli", "lab_cli", ""),
+    ("cli", "experience_cli", "lab_cli", "__main__", ""),
 )
 """Module patterns by floor; the package itself is the empty name. Imports only go down."""
 

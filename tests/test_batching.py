@@ -58,21 +58,34 @@ def test_the_reference_would_see_a_shift_by_one(model: Any, shift: int) -> None:
     assert (scored(model, shifted) - student).abs().max() > 0.5
 
 
-def test_a_prefix_is_cut_from_the_teacher_only(model: Any) -> None:
-    """Cut ids and columns fit the rows that begin after the prefix."""
-    whole, cut = collate(PAIRS, ROLLOUTS), collate(PAIRS, ROLLOUTS, PREFIX)
-    assert cut.teacher.prefix_tokens == PREFIX
-    assert cut.student.prefix_tokens == 0
-    assert torch.equal(cut.student.ids_BS, whole.student.ids_BS)
-    assert torch.equal(cut.teacher.column_T, whole.teacher.column_T - PREFIX)
-    width = min(cut.teacher.ids_BS.shape[1], whole.teacher.ids_BS.shape[1] - PREFIX)
-    own_BS = whole.teacher.ids_BS[:, PREFIX:]
-    assert torch.equal(cut.teacher.ids_BS[:, :width], own_BS[:, :width])
-    prefix_BS = torch.tensor([PAIRS[0].teacher_ids[:PREFIX]]).expand(len(PAIRS), -1)
-    glued = torch.cat([prefix_BS, cut.teacher.ids_BS], dim=1)
-    restored = Side(glued, cut.teacher.row_T, cut.teacher.column_T + PREFIX)
-    teacher = reference(model, [pair.teacher_ids for pair in PAIRS])
-    torch.testing.assert_close(scored(model, restored), teacher, rtol=0, atol=1e-4)
+@pytest.mark.parametrize("rows", [[0, 1, 2], [2, 0], [1]])
+def test_rows_may_be_taken_apart_and_their_heads_left_out(model: Any, rows: list[int]) -> None:
+    """Glued behind what was left out, they are scored as before, and know their places among T."""
+    side, cuts = collate(PAIRS, ROLLOUTS).teacher, [PREFIX, 29, 7]
+    own, place_T = side.part(rows, [cuts[row] for row in rows])
+    assert place_T.tolist() == [t for t, row in enumerate(side.row_T.tolist()) if row in rows]
+    wanted_TV = scored(model, side)[place_T]
+    assert own.ids_BS.shape[1] % WIDTH_STEP == 0
+    for new, row in enumerate(rows):
+        ids_S = torch.cat([side.ids_BS[row, : cuts[row]], own.ids_BS[new]])
+        mine_T = own.row_T == new
+        glued = Side(ids_S[None], torch.zeros_like(own.row_T[mine_T]), own.column_T[mine_T])
+        glued = replace(glued, column_T=glued.column_T + cuts[row])
+        found_TV = scored(model, glued)
+        torch.testing.assert_close(found_TV, wanted_TV[mine_T], rtol=0, atol=1e-4)
+
+
+def test_a_side_knows_its_prompts() -> None:
+    assert collate(PAIRS, ROLLOUTS).teacher.prompts() == [pair.teacher_ids for pair in PAIRS]
+    assert collate(PAIRS, ROLLOUTS).student.prompts() == [pair.student_ids for pair in PAIRS]
+
+
+def test_something_is_left_of_every_prompt() -> None:
+    """The last prompt token predicts the first of the response."""
+    side = collate(PAIRS, ROLLOUTS).teacher
+    side.part([1], [29])
+    with pytest.raises(AssertionError, match="leave nothing of a prompt"):
+        side.part([1], [30])
 
 
 def test_the_end_of_sequence_token_is_trained_on() -> None:
@@ -113,24 +126,20 @@ def test_each_token_knows_the_length_of_its_response() -> None:
     assert per_sequence == pytest.approx(3.0), "each response weighs one under `sequence`"
 
 
-def test_moving_a_batch_moves_everything_and_keeps_the_prefix() -> None:
-    batch = collate(PAIRS, ROLLOUTS, PREFIX).to(torch.device("meta"))
+def test_moving_a_batch_moves_everything() -> None:
+    batch = collate(PAIRS, ROLLOUTS).to(torch.device("meta"))
     assert isinstance(batch, Batch)
     tensors = (batch.response_T, batch.length_T, batch.student.ids_BS, batch.teacher.column_T)
     assert {tensor.device.type for tensor in tensors} == {"meta"}
-    assert batch.teacher.prefix_tokens == PREFIX
 
 
 @pytest.mark.parametrize(
-    ("rollouts", "prefix_tokens", "message"),
+    ("rollouts", "message"),
     [
-        ([ROLLOUTS[1], ROLLOUTS[0], ROLLOUTS[2]], 0, "a is not b"),
-        ([Rollout("a", (), True), *ROLLOUTS[1:]], 0, "a has an empty response"),
-        (ROLLOUTS, 30, "a prefix of 30 tokens leaves nothing of a prompt"),
+        ([ROLLOUTS[1], ROLLOUTS[0], ROLLOUTS[2]], "a is not b"),
+        ([Rollout("a", (), True), *ROLLOUTS[1:]], "a has an empty response"),
     ],
 )
-def test_what_cannot_be_aligned_is_refused(
-    rollouts: list[Rollout], prefix_tokens: int, message: str
-) -> None:
+def test_what_cannot_be_aligned_is_refused(rollouts: list[Rollout], message: str) -> None:
     with pytest.raises(AssertionError, match=message):
-        collate(PAIRS, rollouts, prefix_tokens)
+        collate(PAIRS, rollouts)

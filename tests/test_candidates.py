@@ -62,14 +62,13 @@ def test_without_experiences_there_is_nothing_to_choose_from(tmp_path: Path) -> 
         find_candidates(RoundFolder(tmp_path), 1, len)
 
 
-def test_short_candidates_share_a_call_and_long_ones_have_their_own() -> None:
-    """A batch holds at most the engine's rows; a long text is read once, not once a row."""
+def test_candidates_share_a_call_as_far_as_the_engine_answers_them_together() -> None:
+    """A batch holds at most the engine's rows, and every candidate comes once, in its order."""
     short = [Candidate(0, i, f"- {i}", 1, 20) for i in range(5)]
     assert [len(b) for b in batches(short, 30, 64)] == [2, 2, 1]
     assert [len(b) for b in batches(short, 100, 64)] == [1] * 5, "more rows than a batch"
     assert [len(b) for b in batches(short, 30, 0)] == [1] * 5
-    long = [Candidate(0, i, f"- {i}", 1, 3000) for i in range(3)]
-    assert [len(b) for b in batches([*short[:1], *long], 4, 64)] == [1, 1, 1, 1]
+    assert [len(b) for b in batches(short, 4, 64)] == [5]
     assert [one for batch in batches(short, 30, 64) for one in batch] == short
 
 

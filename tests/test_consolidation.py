@@ -189,6 +189,7 @@ def test_a_store_of_prompts_is_enough_to_train_on(run: Run) -> None:
     assert any("served" in row["prompt"] for row in rows)
     assert not any("train" in row["prompt"] for row in rows if row["origin"] == "task")
     assert found["rows"] == 4 and "baked" in found["conditions"]
+    assert not any("chosen by their KL" in note for note in found["notes"]), "rows are graded"
     assert json.loads(folder.consolidation.read_text("utf-8")) == found
 
 
@@ -215,6 +216,7 @@ def test_a_game_is_trained_from_its_store_without_an_environment(
     assert baked.game is None and baked.tasks is not None and baked.grader is None
     assert found["conditions"]["items"]["correct"]["mean"] == 1.0
     assert "turns" in found["conditions"]["baked"] and found["rows"] == 2
+    assert any("weights were chosen by their KL to the teacher" in note for note in found["notes"])
 
 
 def test_a_teacher_that_moves_has_no_off_policy_baseline_and_that_is_noted(run: Run) -> None:

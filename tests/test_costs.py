@@ -145,6 +145,11 @@ def test_batch_sizes_that_are_none_are_refused(text: str, word: str) -> None:
         read_batch_sizes(text)
 
 
+def context_of(ids: tuple[int, ...]) -> tuple[int, ...]:
+    """What the teacher has read of a prompt already."""
+    return ids[:30]
+
+
 def test_training_counts_prompts_by_who_read_them() -> None:
     """One step of the teacher's answers, one half and half; the context of 30 is read once."""
     anchor = pair(5, 5, "anchor")
@@ -154,7 +159,7 @@ def test_training_counts_prompts_by_who_read_them() -> None:
     ]
     seconds = {"rollout_s": 1.0, "teacher_s": 2.0, "train_s": 3.0, "wall_s": 6.5}
     metrics = [{"response_tokens": n, **seconds} for n in (20, 12)]
-    rows = {row["part"]: row for row in training_rows(steps, metrics, 30, MOST)}
+    rows = {row["part"]: row for row in training_rows(steps, metrics, context_of, MOST)}
     taught, asked = rows["answers, by the teacher"], rows["answers, by the student"]
     assert (asked["prompt_tokens"], taught["prompt_tokens"]) == (14 + 5, 40 + 42 + 5 + 40)
     assert (asked["task_response_tokens"], taught["task_response_tokens"]) == (6, 20 + 6)
@@ -181,7 +186,7 @@ def test_tasks_with_the_context_are_neither_tasks_nor_anchors() -> None:
     metrics = [
         {"response_tokens": 20, "rollout_s": 1.0, "teacher_s": 1.0, "train_s": 1.0, "wall_s": 3.0}
     ]
-    rows = {row["part"]: row for row in training_rows(steps, metrics, 30, MOST)}
+    rows = {row["part"]: row for row in training_rows(steps, metrics, context_of, MOST)}
     scores = rows["teacher scores"]
     assert scores["prompt_tokens"] == 3 * 40 + 5
     assert scores["prompt_tokens_with_shared_once"] == 3 * 40 + 5 - 2 * 30

@@ -303,7 +303,7 @@ def test_every_turn_of_a_game_is_scored_behind_its_own_history(
     system = "Go down, then right, and mind the holes. " * 5
     parts = assemble(make_game_run(tmp_path, player_path, *overrides, system=system))
     nudge(parts.student)
-    assert parts.teacher.prefix_tokens >= 64
+    assert len(parts.teacher.openings.known) == 1
     parts.student.eval()
     answered = roll_out(parts, 0).answered
     assert any(a.pair.task_id.endswith("/turn-2") for a in answered)
@@ -340,12 +340,11 @@ def test_items_given_another_context_are_scored_with_that_one(
     """The teacher has read the run's own context once, which these prompts do not begin with."""
     system = "Answer every question in verse, and never in prose. " * 3
     parts = assemble(make_run(tmp_path, tiny_model_path, *LORA, system=system))
-    assert parts.teacher.prefix_tokens >= 64
+    assert len(parts.teacher.openings.known) == 1
     others = with_context(parts.renderer, parts.items["test"], Context(system="Answer in prose."))
-    for items, cut in ((parts.items["test"], parts.teacher.prefix_tokens), (others, 0)):
+    for items in (parts.items["test"], others):
         answered = [Answered(item.pair, Rollout(item.task.id, (9, 12, 2), True)) for item in items]
         teacher, batch = batch_of(parts, answered)
-        assert batch.teacher.prefix_tokens == cut
         hidden_TD = teacher.hidden(batch.teacher)
         found_TV = teacher.head(hidden_TD).log_softmax(-1)
         with torch.no_grad(), adapter_off(parts.student):

@@ -60,9 +60,12 @@ def test_a_context_read_once_scores_as_one_read_with_every_row(desk: Parts) -> N
     rollouts = [rollout_of(pair.task_id, 3 + 2 * row, row) for row, pair in enumerate(pairs)]
     whole = collate(pairs, rollouts).teacher
     hidden_BSD = model.get_decoder()(input_ids=whole.ids_BS, use_cache=False).last_hidden_state
-    own = collate(pairs, rollouts, shared).teacher
+    own, _ = whole.part(range(len(pairs)), [shared] * len(pairs))
     prefix = read_prefix(model, pairs[0].teacher_ids[:shared])
-    sides = whole.take(hidden_BSD), own.take(forward_after_prefix(model, prefix, own.ids_BS))
+    sides = (
+        whole.take(hidden_BSD),
+        own.take(forward_after_prefix(model, [prefix] * len(pairs), own.ids_BS)),
+    )
     wanted_TV, found_TV = (output_head(model)(side_TD).log_softmax(-1) for side_TD in sides)
     assert (wanted_TV - found_TV).abs().max() < 1e-4
 

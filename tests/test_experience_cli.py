@@ -77,6 +77,23 @@ def test_extract_stops_after_the_answers(opcd: Opcd, tiny_model_path: Path, tmp_
     assert counts(out)["items"] == ["3", "3"] and "kept" not in counts(out)
 
 
+@pytest.mark.parametrize("verb", ["solve", "select", "experience"])
+def test_ctrl_c_says_that_the_same_command_goes_on(
+    opcd: Opcd, tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """After minutes of solving, nobody should wonder whether they were for nothing."""
+    path = write_learner(tmp_path, tiny_model_path)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ScriptedEngine, "generate", stop)
+        code, out, _ = opcd(verb, path)
+    assert code == 130 and "the same command goes on from there" in out
+    assert opcd("solve", path)[0] == 0
+
+
 def test_a_run_without_the_table_is_the_users_mistake(
     opcd: Opcd, tiny_model_path: Path, tmp_path: Path
 ) -> None:

@@ -352,7 +352,7 @@ def test_counts_add_up(tiny_model_path: Path, tmp_path: Path) -> None:
         assert (told["traces"], told["mean outcome"], wrote["answers"]) == (3, "0.67", 3)
         reasons = [value for name, value in became.items() if name != "tokens"]
         assert wrote["items"] == sum(reasons) >= became["kept"] > 0
-        assert wrote["malformed"] + wrote["cut"] > 0
+        assert wrote["malformed"] + wrote["cut answers"] > 0
 
 
 # --- a store that others fill

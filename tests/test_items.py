@@ -10,8 +10,8 @@ from opcd.config import derive
 from opcd.config.training import Rendering
 from opcd.envs.games import openings_of
 from opcd.errors import OverLongError
-from opcd.items import Item, Pool, render_pool, with_context
-from opcd.rendering import Renderer
+from opcd.items import Item, Pool, render_pool, weights_of, with_context
+from opcd.rendering import Renderer, common_prefix
 from opcd.tasks import draw
 from opcd.types import Context, Message, Origin, PromptPair, Task
 from tiny import make_game_run, make_run
@@ -110,9 +110,22 @@ def test_a_pool_is_the_product_of_rows_and_contexts() -> None:
     assert list(pool) == product and dropped == []
     assert len({item.task.id for item in product}) == len(pool) == 3 * len(ROWS)
     assert pool[-1] == product[-1] and pool[2:70:5] == product[2:70:5]
-    assert pool.examples == product[:3]
+    assert pool.examples == [*product[:3], *product[-3:]]
     with pytest.raises(IndexError):
         pool[len(pool)]
+
+
+def test_the_examples_of_a_pool_share_what_all_of_its_prompts_share() -> None:
+    """Rows that open alike would make an opening of their own words; each stands for its share."""
+    texts = ("word two", "word three", "a word", "word one", "Zebra word", "word")
+    rows = [(Task(f"t{n}", (Message("user", text),)), None) for n, text in enumerate(texts)]
+    pool, _ = render_pool(watched(9999), rows, LESSONS)
+    assert len(pool.examples) == 2 * len(LESSONS)
+    for n in range(len(LESSONS)):
+        of_all = [item.pair.teacher_ids for item in list(pool)[n :: len(LESSONS)]]
+        of_examples = [item.pair.teacher_ids for item in pool.examples[n :: len(LESSONS)]]
+        assert common_prefix(of_examples) == common_prefix(of_all)
+    assert weights_of({"train": pool, "test": pool[:2]}) == [3.0] * 6 + [1.0] * 2
 
 
 def test_a_pool_renders_only_what_is_drawn() -> None:

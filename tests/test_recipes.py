@@ -1,6 +1,7 @@
 """Shipped recipes can be started, and the support desk's data is what the README says of it."""
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -20,9 +21,9 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 RUNS = sorted(RECIPES.glob("*/run.toml"))
 FROM_HUB = ("medical", "safety")
 """Recipes for a GPU, whose rows are read from a hub when the run starts."""
-GAMES = ("frozen_lake",)
+GAMES = ("frozen_lake", "lake_lessons")
 """Recipes that are graded by their boards."""
-LOCAL = [path for path in RUNS if path.parent.name not in (*FROM_HUB, *GAMES)]
+LOCAL = [path for path in RUNS if path.parent.name not in (*FROM_HUB, "gsm8k", *GAMES)]
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 """Real rows, where there are any."""
 DESK = RECIPES / "support_desk"
@@ -112,6 +113,44 @@ def test_safety_can_be_started_on_real_rows() -> None:
     assert run.tasks is not None
     for tasks in load_splits(run.tasks, run.seed).values():
         assert {task.answer for task in tasks} == {"yes", "no"}
+
+
+def test_gsm8k_takes_local_rows_as_its_comment_says(tmp_path: Path) -> None:
+    """The command in the file itself, with the hub's columns; problems stand in no other split."""
+    recipe = RECIPES / "gsm8k" / "run.toml"
+    file = write_jsonl(
+        tmp_path / "rows.jsonl",
+        [{"question": f"{i} + 1?", "answer": f"Add.\n#### {i + 1:,}"} for i in range(990, 1090)],
+    )
+    (shown,) = re.findall(
+        r"^# opcd experience \S+ '(.+)'$", recipe.read_text("utf-8"), re.MULTILINE
+    )
+    run, facts = check_run(recipe, [shown.replace("FILE", str(file))])
+    assert facts[-1] == "tasks: 85 train, 5 test, 5 validation, 5 extraction"
+    assert run.grader is not None and run.tasks is not None
+    grade = build_grader(run.grader)
+    for task in (task for tasks in load_splits(run.tasks, run.seed).values() for task in tasks):
+        assert grade(task, f"So it is {task.answer}.").metrics["correct"] == 1.0, task.id
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real rows are not here")
+def test_gsm8k_has_as_many_real_rows_as_it_measures() -> None:
+    """Fewer rows than asked for would be measured without a word."""
+    source = f"{{type='public', name='gsm8k', rows=800, path='{SHARED / 'gsm8k.jsonl'}'}}"
+    run, _ = check_run(RECIPES / "gsm8k" / "run.toml", [f"tasks.train={source}"])
+    assert run.tasks is not None and run.experience is not None
+    splits = load_splits(run.tasks, run.seed)
+    assert len(splits["extraction"]) >= run.experience.steps
+    assert len(splits["validation"]) >= (run.experience.select_rows or 0)
+    assert len(splits["test"]) >= (run.evaluation.test_rows or 0)
+
+
+def test_the_lake_to_learn_from_tells_no_rules_and_holds_a_game_as_raw_traces() -> None:
+    """Else there is nothing to find out, and the raw-traces baseline is empty."""
+    run, _ = check_run(RECIPES / "lake_lessons" / "run.toml")
+    assert run.game and run.experience and not run.game.rules
+    assert run.experience.max_tokens >= run.game.turns * (run.rollout.max_new_tokens + 100)
+    assert len(openings_of(run.game)["extraction"]) >= run.experience.steps
 
 
 @pytest.mark.parametrize("name", FROM_HUB)

@@ -113,6 +113,21 @@ def test_problems_go_on_in_their_order_and_starting_again_is_said(
     ]
 
 
+def test_each_round_says_what_became_of_its_traces_and_what_was_chosen(
+    undisturbed: tuple[Run, dict[str, Any], list[str]],
+) -> None:
+    """Before the minutes of training, and with the counts of what was lost."""
+    run, found, said = undisturbed
+    for number, one in enumerate(found["rounds"], start=1):
+        start = said.index(f"round {number} of 2")
+        told = said[start : said.index(f"training {run.out / one['runs']['baked']}")]
+        counted = [line for line in told if "traces, mean outcome" in line]
+        assert len(counted) == 1 and counted[0].startswith("6 traces, mean outcome 0.00 of 6 known")
+        assert sum(line.startswith("items: ") for line in told) == 1
+        assert f"chosen: {one['selected']['verdict']}" in told
+        assert any(line.startswith(str(round_folder(run, number).growth)) for line in told)
+
+
 def test_problems_that_suffice_are_not_talked_of(learner: Learn) -> None:
     assert starts_again(learner(), 1, 5) == "" and starts_again(learner(), 2, 6) == ""
     assert starts_again(learner(), 2, 5).endswith("they start again")

@@ -102,6 +102,13 @@ def test_a_folder_without_a_configuration_is_no_run(tmp_path: Path) -> None:
         open_run(tmp_path)
 
 
+def test_a_folder_of_experience_names_the_runs_that_were_trained_with_it(run: Run) -> None:
+    """Whoever wants its report would not guess their names."""
+    round_folder(run)
+    with pytest.raises(RunFolderError, match=r"runs of their own: give .*desk-round-1"):
+        open_run(run.out / "desk")
+
+
 def test_a_text_is_written_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,7 +88,9 @@ def test_vectors_of_tokens_read_as_those_tokens(parts: Parts, plain: Any) -> Non
     text_TD = hidden_states(plain, collate(longer, rollouts).student)
     torch.testing.assert_close(found_TD, text_TD, rtol=1e-3, atol=1e-3)
     prompts = [Prompt(pair.task_id, pair.student_ids, 4) for pair in pairs]
-    behind = decode(plain, prompts, Sampling(), frozenset({2}), read_soft_prompt(tuned))
+    behind = decode(
+        plain, prompts, Sampling(), frozenset({2}), [read_soft_prompt(tuned)] * len(prompts)
+    )
     for pair, rollout in zip(longer, behind, strict=True):
         ids_1S = torch.tensor([pair.student_ids])
         hidden_D = plain.get_decoder()(input_ids=ids_1S).last_hidden_state[0, -1:]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from learning import GAME, asked_of, learner, load_learner
+from learning import GAME, TOML, asked_of, learner, load_learner
 from opcd.assembly import assemble
 from opcd.gathering import Gathering
 from opcd.rollouts.engine import Prompt, Sampling
@@ -14,6 +14,7 @@ from opcd.rollouts.scripted import ScriptedEngine
 from opcd.solving import feedback_on, places, solve
 from opcd.traces import Trace, read_traces
 from opcd.types import Message, Rollout, Task
+from worlds import END_ID
 
 
 def made(round_: Gathering) -> list[list[Trace]]:
@@ -98,6 +99,27 @@ def test_traces_do_not_depend_on_what_is_solved_beside_them(
     assert apart == together
     texts = [trace.response for own in together for trace in own]
     assert len(set(texts)) == len(texts)
+
+
+@pytest.mark.parametrize("toml", [TOML, GAME], ids=["answers", "games"])
+def test_a_reply_that_the_token_limit_ended_is_known_as_cut(
+    tiny_model_path: Path, tmp_path: Path, toml: str
+) -> None:
+    """An answer that was never finished looks wrong; so does a game whose first turn was cut."""
+    round_ = learner(load_learner(tmp_path, tiny_model_path, toml=toml))
+    most = round_.parts.config.rollout.max_new_tokens
+
+    def say(policy: str, prompt: Prompt) -> tuple[int, ...]:
+        del policy
+        is_long = "seed-0/step-2" in prompt.task_id and "/turn-2" not in prompt.task_id
+        return (*[END_ID - 1] * (most - 1 + is_long), END_ID)
+
+    round_.parts.engine = ScriptedEngine(say)
+    assert [[trace.cut for trace in own] for own in made(round_)] == [
+        [False, True, False],
+        [False, False, False],
+    ]
+    assert sum(trace.cut for trace in read_traces(round_.store)) == 1
 
 
 def test_without_feedback_no_grader_is_asked(tiny_model_path: Path, tmp_path: Path) -> None:

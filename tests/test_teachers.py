@@ -1,6 +1,8 @@
 """`opcd.teachers`: which weights a teacher has, and when they move."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,15 +10,19 @@ import torch
 from torch import Tensor
 from transformers import Gemma2Config
 
-from opcd import prefix_cache
-from opcd.adapters import trainable, tune
-from opcd.batching import collate
+from allocated import peak_bytes
+from opcd import prefix_cache, teachers
+from opcd.adapters import adapter_off, trainable, tune
+from opcd.batching import Side, collate
 from opcd.config import training
 from opcd.config.training import Full, Lora
 from opcd.errors import ConfigError
 from opcd.models import hidden_states, output_head
+from opcd.openings import Openings
+from opcd.prefix_cache import token_bytes
 from opcd.teachers import LocalTeacher, Shadow, build_teacher
-from tiny import SHAPE, build, nudge, pair_of, random_ids, rollout_of
+from opcd.types import PromptPair, Rollout
+from tiny import SHAPE, build, log_probs_of, nudge, pair_of, random_ids, rollout_of
 from worlds import tiny_llama
 
 PREFIX = 24
@@ -41,15 +47,19 @@ def student_of(tuning: Any) -> Any:
     return student
 
 
-def seen_by(teacher: LocalTeacher, prefix_tokens: int = 0) -> Tensor:
+SHARING = [pair_of(name, 4, 76 + n, seed=n, shared=70) for n, name in enumerate("ab")]
+"""These share enough to be read once."""
+
+
+def seen_by(teacher: LocalTeacher, pairs: Sequence[PromptPair] = PAIRS) -> Tensor:
     """The teacher's logits, `_TV`."""
-    side = collate(PAIRS, ROLLOUTS, prefix_tokens).teacher
+    side = collate(pairs, ROLLOUTS).teacher
     return teacher.head(teacher.hidden(side)).detach()
 
 
 @torch.no_grad()
-def seen_by_model(model: Any) -> Tensor:
-    side = collate(PAIRS, ROLLOUTS).teacher
+def seen_by_model(model: Any, pairs: Sequence[PromptPair] = PAIRS) -> Tensor:
+    side = collate(pairs, ROLLOUTS).teacher
     return output_head(model)(hidden_states(model.eval(), side))
 
 
@@ -168,34 +178,136 @@ def test_a_shadow_goes_away_after_an_exception() -> None:
     assert all(torch.equal(weight, held[name]) for name, weight in shadow.weights.items())
 
 
+OPENINGS = Openings([pair.teacher_ids for pair in SHARING])
+PROBE = SHARING[0].teacher_ids
+
+
 def test_a_shared_prefix_gives_the_same_hidden_states() -> None:
     """For the base under its adapter: the prefix is read with the adapter off as well."""
     student = student_of(Lora(rank=4))
     teacher = teacher_of(training.AdapterOff(), student)
-    whole = seen_by(teacher)
-    ids = PAIRS[0].teacher_ids
-    assert teacher.share_prefix(ids[:PREFIX], ids[PREFIX:]) is None
-    assert teacher.prefix_tokens == PREFIX
-    torch.testing.assert_close(seen_by(teacher, PREFIX), whole, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(seen_by(teacher), whole, rtol=0, atol=0)
+    with adapter_off(student):
+        whole = seen_by_model(student, SHARING)
+    assert teacher.share(OPENINGS, PROBE) is None
+    torch.testing.assert_close(seen_by(teacher, SHARING), whole, rtol=1e-3, atol=1e-4)
     nudge(student, 1, size=1.0)
-    torch.testing.assert_close(seen_by(teacher, PREFIX), whole, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(seen_by(teacher, SHARING), whole, rtol=1e-3, atol=1e-4)
+    assert (teacher.prefixes.reads, teacher.prefixes.dropped) == (1, 0)
 
 
-@pytest.mark.parametrize("config", [training.Ema(), training.Live(), training.Refresh()])
-def test_moving_teachers_read_every_prompt(config: Any) -> None:
-    teacher = teacher_of(config, student_of(Lora(rank=4)))
-    ids = PAIRS[0].teacher_ids
-    assert teacher.share_prefix(ids[:PREFIX], ids[PREFIX:]) == "the teacher's weights move"
-    assert teacher.prefix_tokens == 0
+@torch.no_grad()
+def wanted_of(model: Any, pairs: Sequence[PromptPair], rollouts: Sequence[Rollout]) -> Tensor:
+    """Log-probabilities `_TV` by transformers alone, row by row."""
+    rows = zip(pairs, rollouts, strict=True)
+    return torch.cat([log_probs_of(model, p.teacher_ids, r.response_ids) for p, r in rows])
+
+
+def pool_of(contexts: int, rows: int, alone: int = 0) -> tuple[list[PromptPair], list[Rollout]]:
+    """Rows behind several contexts, taking turns, and some that share theirs with nobody."""
+    heads = [random_ids(70 + 30 * n, 40 + n) for n in range(contexts)]
+    prompts = [
+        heads[n] + random_ids(3 + row, 100 * n + row)
+        for row in range(rows)
+        for n in range(contexts)
+    ] + [random_ids(80 + n, 60 + n) for n in range(alone)]
+    pairs = [PromptPair(str(n), random_ids(5, n), ids) for n, ids in enumerate(prompts)]
+    return pairs, [rollout_of(pair.task_id, 2 + n % 5, n) for n, pair in enumerate(pairs)]
+
+
+@pytest.mark.parametrize("room", [10**6, 140, 10], ids=["all", "some", "one at a time"])
+@pytest.mark.parametrize("known", [True, False], ids=["openings of the run", "of the batch"])
+def test_a_pool_of_contexts_scores_as_full_prompts_do(room: int, known: bool) -> None:
+    """Each row behind its own, whatever fits into the budget; those without one in full."""
+    pairs, rollouts = pool_of(contexts=3, rows=3, alone=2)
+    model = tiny_llama()
+    most_bytes = room * token_bytes(model)
+    teacher = build_teacher(training.Frozen(), None, model, nullcontext, most_bytes)
+    if known:
+        openings = Openings([pair.teacher_ids for pair in pairs])
+        assert (len(openings.known), openings.without) == (3, 2)
+        assert teacher.share(openings, pairs[0].teacher_ids) is None
+    hidden_TD = teacher.hidden(collate(pairs, rollouts).teacher)
+    found_TV = teacher.head(hidden_TD).double().log_softmax(-1)
+    torch.testing.assert_close(found_TV, wanted_of(model, pairs, rollouts), rtol=0, atol=1e-4)
+    assert teacher.prefixes.bytes <= max(most_bytes, 130 * token_bytes(model))
+    again_TD = teacher.hidden(collate(pairs, rollouts).teacher)
+    assert torch.equal(again_TD, hidden_TD), "whatever it had read and dropped before"
+
+
+def test_the_same_prompt_may_have_several_responses() -> None:
+    """Whose first tokens agree: what is shared ends before the response begins."""
+    pair = pair_of("a", 4, 90, seed=3)
+    rollouts = [Rollout("a", (9, 8, 7, end), True) for end in (3, 4)]
+    model = tiny_llama()
+    teacher = teacher_of(training.Frozen(), None, model)
+    side = collate([pair, pair], rollouts).teacher
+    found_TV = teacher.head(teacher.hidden(side)).double().log_softmax(-1)
+    wanted_TV = wanted_of(model, [pair, pair], rollouts)
+    torch.testing.assert_close(found_TV, wanted_TV, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("whole_tokens", [1, 200])
+def test_long_rows_without_an_opening_are_read_few_at_a_time(
+    whole_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs, rollouts = pool_of(contexts=0, rows=0, alone=5)
+    model = tiny_llama()
+    wanted_TV, read = wanted_of(model, pairs, rollouts), teachers.hidden_states
+    rows: list[int] = []
+
+    def watched(of: Any, side: Side) -> Tensor:
+        rows.append(len(side.ids_BS))
+        return read(of, side)
+
+    monkeypatch.setattr(teachers, "hidden_states", watched)
+    monkeypatch.setattr(teachers, "WHOLE_TOKENS", whole_tokens)
+    teacher = teacher_of(training.Frozen(), None, model)
+    hidden_TD = teacher.hidden(collate(pairs, rollouts).teacher)
+    found_TV = teacher.head(hidden_TD).double().log_softmax(-1)
+    torch.testing.assert_close(found_TV, wanted_TV, rtol=0, atol=1e-4)
+    assert rows == ([1] * 5 if whole_tokens == 1 else [2, 2, 1])
+
+
+@pytest.mark.parametrize(
+    "config", [training.Ema(), training.Live(), training.Refresh(every_steps=1)]
+)
+def test_moving_teachers_read_a_context_once_a_batch(config: Any) -> None:
+    """With the weights of the moment: nothing is kept until the next."""
+    student = student_of(Lora(rank=4))
+    teacher = teacher_of(config, student)
+    assert teacher.share(OPENINGS, PROBE) == "the teacher's weights move"
+    for seed in range(2):
+        nudge(student, seed)
+        teacher.after_step(seed)
+        with teacher.as_teacher():
+            wanted_TV = seen_by_model(student, SHARING)
+        torch.testing.assert_close(seen_by(teacher, SHARING), wanted_TV, rtol=1e-3, atol=1e-4)
+        assert teacher.prefixes.bytes == 0
+
+
+@pytest.mark.parametrize("config", [training.AdapterOff(), training.Ema()], ids=["still", "moving"])
+def test_no_teacher_copies_a_long_context_for_each_row(config: Any) -> None:
+    """Scoring 16 rows behind 4,096 tokens takes little more than scoring 2."""
+    student = tune(tiny_llama(positions=5000), Lora(rank=4), 0)
+    teacher, context = teacher_of(config, student), random_ids(4096, 8)
+    pairs = [PromptPair(str(n), random_ids(4, n), context + random_ids(9, n)) for n in range(16)]
+    rollouts = [rollout_of(pair.task_id, 8, n) for n, pair in enumerate(pairs)]
+    few, many = (
+        peak_bytes(partial(teacher.hidden, collate(pairs[:n], rollouts[:n]).teacher))
+        for n in (2, 16)
+    )
+    one_copy = 4096 * token_bytes(student)
+    assert many - few < 2 * one_copy < 14 * one_copy
 
 
 def test_models_that_cannot_share_a_prefix_say_why() -> None:
     model = build(Gemma2Config(**SHAPE, sliding_window=8))
     teacher = teacher_of(training.Frozen(), model, model)
-    reason = teacher.share_prefix(random_ids(PREFIX, 1), random_ids(5, 2))
+    reason = teacher.share(OPENINGS, PROBE)
     assert reason is not None and "window of 8 tokens" in reason
-    assert teacher.prefix_tokens == 0
+    torch.testing.assert_close(
+        seen_by(teacher, SHARING), seen_by_model(model, SHARING), rtol=0, atol=0
+    )
 
 
 def test_a_prefix_that_is_not_exact_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,9 +320,11 @@ def test_a_prefix_that_is_not_exact_is_not_used(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(prefix_cache, "_attend_prefix", wrong)
     teacher = teacher_of(training.Frozen(), None, tiny_llama())
-    reason = teacher.share_prefix(random_ids(PREFIX, 1), random_ids(5, 2))
+    reason = teacher.share(OPENINGS, PROBE)
     assert reason is not None and "nats away from reading it every time" in reason
-    assert teacher.prefix_tokens == 0
+    wanted_TV = seen_by_model(teacher.model, SHARING)
+    torch.testing.assert_close(seen_by(teacher, SHARING), wanted_TV, rtol=0, atol=0)
+    assert teacher.prefixes.bytes == 0
 
 
 def test_a_remote_teacher_is_refused_with_a_way_out() -> None:

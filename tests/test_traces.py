@@ -26,6 +26,7 @@ WHOLE = Trace(
     round=1,
     seed=0,
     step=2,
+    cut=True,
 )
 
 texts = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=30)
@@ -42,6 +43,7 @@ traces = st.builds(
     feedback=texts,
     model=texts,
     seed=st.none() | st.integers(0, 9),
+    cut=st.booleans(),
 )
 
 
@@ -100,6 +102,7 @@ def test_a_last_line_without_its_end_is_no_torn_one(tmp_path: Path) -> None:
         ('{"prompt": "1?", "response": "2", "outcome": "won"}', "outcome is 'won'; write a int or"),
         ('{"prompt": "1?", "response": "2", "outcome": NaN}', "outcome is nan; write a number"),
         ('{"prompt": "1?", "response": "2", "seed": "a"}', "seed is 'a'; write a int"),
+        ('{"prompt": "1?", "response": "2", "cut": 1}', "cut is 1; write a bool"),
         ('{"prompt": "1?", "response": "2", "turns": 3}', "turns is a int; write a list"),
         ('{"prompt": "1?", "response": "2", "turns": [{}]}', "line 1, turn 1: no trace"),
     ],

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from opcd import checkpoint
+from opcd.assembly import assemble
 from opcd.config import Run, load_config
+from opcd.config.files import derive
 from opcd.config.training import Checkpoint, Loss, TopK, Tracking
 from opcd.errors import CheckpointError, ConfigError, RunFolderError
 from opcd.runs import RunFolder, append_jsonl, open_run, read_best, read_jsonl
@@ -101,6 +103,32 @@ def test_a_terminated_game_resumes_bitwise(
             for o in (again, wanted)
         )
         assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
+
+
+def test_a_terminated_run_with_a_pool_of_contexts_resumes_bitwise(
+    tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not all contexts fit into the budget: what is held when it stops makes no difference."""
+    files = [tmp_path / f"{n}.md" for n in range(3)]
+    for n, file in enumerate(files):
+        file.write_text(f"Lesson {n}: look twice. " * (8 + n), encoding="utf-8")
+    context = {"type": "experience", "path": [str(file) for file in files], "placement": "system"}
+
+    def pooled(name: str) -> Run:
+        keys = ("model.tuning={type='lora', rank=4}", "steps=3", "batch.prefix_gib=0.00011")
+        run = make_run(tmp_path / name, tiny_model_path, *keys, "checkpoint.every_steps=1")
+        return derive(run, context={**context, "template": None})
+
+    wanted = train(pooled("whole"))
+    at_step(monkeypatch, 1, terminate)
+    assert train(pooled("cut")).steps == 2
+    again = train(pooled("cut"), resume=True)
+    assert any("prefix_gib" in note for note in assemble(pooled("cut")).notes)
+    assert measured(again.folder) == measured(wanted.folder)
+    tensors, others = (
+        load_file(o.folder.checkpoints / "step-3" / "model.safetensors") for o in (again, wanted)
+    )
+    assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
 
 
 def test_a_terminated_run_resumes_bitwise(

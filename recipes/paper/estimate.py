@@ -1,6 +1,6 @@
 """What the runs of this folder need, from their TOML files alone; nothing here was measured.
 
-Memory is arithmetic: bytes of weights, gradients, optimiser states, teacher, keys and values.
+Memory is the arithmetic of `opcd check RUN.toml --memory`.
 Time, of `opcd compare` or of a round of `opcd experience`, is an estimate: floating-point
 operations over `--tflops`, and for each decoded token the bytes that have to be read over
 `--read-tb-s` plus a millisecond a layer for transformers' own loop. Every response is taken to be
@@ -14,47 +14,12 @@ import math
 from dataclasses import dataclass
 
 from opcd.config import Run, load_config
+from opcd.memory import SHAPES, Layout, parts_of, peak_bytes
 
-
-@dataclass(frozen=True)
-class Shape:
-    """What a model's size depends on, from its public configuration."""
-
-    parameters: float
-    layers: int
-    hidden: int
-    key_heads: int
-    vocabulary: int
-    head_width: int = 128
-
-    @property
-    def kv_bytes(self) -> int:
-        """Keys and values of one token, in bfloat16."""
-        return 2 * self.layers * self.key_heads * self.head_width * 2
-
-    @property
-    def head_bytes(self) -> int:
-        """The output head in float32, in which logits are computed."""
-        return self.vocabulary * self.hidden * 4
-
-
-SHAPES = {
-    "meta-llama/Llama-3.1-8B-Instruct": Shape(8.030e9, 32, 4096, 8, 128256),
-    "meta-llama/Llama-3.2-3B-Instruct": Shape(3.213e9, 28, 3072, 8, 128256),
-    "Qwen/Qwen2.5-7B-Instruct": Shape(7.616e9, 28, 3584, 4, 152064),
-    "Qwen/Qwen2.5-3B-Instruct": Shape(3.086e9, 36, 2048, 2, 151936),
-    "Qwen/Qwen3-8B": Shape(8.191e9, 36, 4096, 8, 151936),
-    "Qwen/Qwen3-4B-Instruct-2507": Shape(4.022e9, 36, 2560, 8, 151936),
-    "Qwen/Qwen3-1.7B": Shape(1.721e9, 28, 2048, 8, 151936),
-}
-ADAPTER_SHARE = 0.015
-"""Parameters of a LoRA adapter of rank 32 on all linear layers, as a share of the model's."""
 TASK_TOKENS = {"tasks": 250, "game": 600}
 """A student's prompt: a question, or the history of a game."""
 CONDITIONS = 6
 """Times that the test rows are answered: three conditions of each of two runs."""
-LAYER_STATES = 40
-"""Hidden states of one layer that are alive while its gradient is computed."""
 
 
 @dataclass(frozen=True)
@@ -66,33 +31,10 @@ class Speed:
 
 
 def memory_gb(run: Run) -> dict[str, float]:
-    """Gigabytes by what they hold; `peak` is what is there at one time."""
-    student = SHAPES[run.model.path]
-    other = getattr(run.teacher, "path", None)
-    size, full = student.parameters, run.model.tuning.type == "full"
-    if full:
-        held = {"weights": 4 * size, "gradients": 4 * size, "AdamW": 8 * size}
-        held["copy that answers"] = 2 * size
-        held["base model"] = 2 * size
-    else:
-        held = {"weights": 2 * size, "copy that answers": 2 * size}
-        held["adapter, gradients, AdamW"] = 16 * ADAPTER_SHARE * size
-    if other:
-        held["teacher"] = 2 * SHAPES[other].parameters
-    heads = [student, student] + ([SHAPES[other]] if other else [])
-    held["heads in float32"] = sum(shape.head_bytes for shape in heads)
-    # Autocast keeps the weights it has turned to bfloat16 until the pass is over.
-    casts = 2 * size if full else 0.0
-    row_bytes = student.hidden * 2 * (student.layers + LAYER_STATES)
-    passing = {
-        "keys and values": min(run.rollout.batch_rows, rows_of(run))
-        * reach(run)
-        * student.kv_bytes,
-        "a training pass": casts + run.batch.rows_per_forward * reach(run) * row_bytes,
-        "AdamW's step": 4 * size if full else 0.0,
-    }
-    peak = sum(held.values()) + max(passing.values())
-    return {name: value / 1e9 for name, value in {**held, **passing, "peak": peak}.items()}
+    """Gigabytes by what they hold, on one GPU; `peak` is what is there at one time."""
+    parts = parts_of(run, Layout(prompt_tokens=reach(run) - run.rollout.max_new_tokens))
+    found = {part.name: part.bytes / 1e9 for part in parts}
+    return found | {"peak": peak_bytes(parts) / 1e9}
 
 
 def reach(run: Run) -> int:
@@ -109,7 +51,7 @@ def decode_s(run: Run, rows: int, speed: Speed, turns: int, most: int | None = N
     """Seconds to answer so many prompts, batch by batch, each turn after the other."""
     shape, most = SHAPES[run.model.path], most or run.rollout.max_new_tokens
     batch = min(rows, run.rollout.batch_rows)
-    read = 2 * shape.parameters + batch * reach(run) / 2 * shape.kv_bytes
+    read = 2 * shape.parameters + batch * reach(run) / 2 * 2 * shape.kv_elements
     token_s = read / speed.read_bytes_per_s + 1e-3 * shape.layers
     return math.ceil(rows / batch) * most * turns * token_s
 

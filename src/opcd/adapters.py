@@ -1,7 +1,7 @@
 """What is tuned in a model: an adapter or all of its weights; merged, shared, saved, given back."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from peft import (
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from opcd.config.training import Full, Lora
 from opcd.errors import ModelError
@@ -104,9 +106,30 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def in_shards(model: nn.Module) -> bool:
+    """Whether this process holds only a part of a model's weights."""
+    layers = (module for module in model.modules() if isinstance(module, FSDPModule))
+    return next(layers, None) is not None
+
+
 def adapter_off(model: Any) -> AbstractContextManager[Any, Any]:
     """Within it, a LoRA model answers as its base model."""
-    return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
+    return _disabled(model) if isinstance(model, PeftModel) else nullcontext()
+
+
+@contextmanager
+def _disabled(model: Any) -> Iterator[None]:
+    # Not PEFT's own context: it stops the adapter's weights from being trained and starts it again,
+    # which weights in shards do not get over.
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    before: list[bool] = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer._disable_adapters = was
 
 
 def causal_model(model: Any) -> Any:
@@ -114,15 +137,16 @@ def causal_model(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+def merged_weights(model: Any, policy: str = "student") -> Iterator[tuple[str, Tensor]]:
     """Each weight of the model inside, adapters merged in float32, one at a time.
 
-    Names are those of the untouched base model, so that a plain copy of it can take them.
+    Names are those of the untouched base model, so that a plain copy of it can take them. Those of
+    the policy `base` are its own, without the adapter.
     """
     deltas: dict[str, Any] = {
         f"{name}.base_layer.weight": layer
         for name, layer in causal_model(model).named_modules()
-        if isinstance(layer, LoraLayer)
+        if isinstance(layer, LoraLayer) and policy == "student"
     }
     for name, weight in causal_model(model).named_parameters():
         if ".lora_" in name:
@@ -137,7 +161,7 @@ def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
 def share_frozen(model: Any, plain: Any) -> None:
     """Let a plain model of the same architecture use the weights that training leaves alone.
 
-    Only those of its own dtype; names are those of the untouched base model.
+    Only those of its own dtype that are whole here; names are those of the untouched base model.
     """
     moving = trainable(causal_model(model)).keys()
     adapted = {name.partition(".lora_")[0] for name in moving}
@@ -145,6 +169,8 @@ def share_frozen(model: Any, plain: Any) -> None:
     for name, weight in causal_model(model).named_parameters():
         bare = name.replace(".base_layer.", ".")
         if name in moving or bare.rpartition(".")[0] in adapted or own[bare].dtype != weight.dtype:
+            continue
+        if isinstance(weight, DTensor):
             continue
         module, _, leaf = bare.rpartition(".")
         setattr(plain.get_submodule(module), leaf, weight)
@@ -156,9 +182,15 @@ def merge(model: Any) -> Any:
     return model.merge_and_unload() if isinstance(model, PeftModel) else model
 
 
-def save_weights(model: Any, folder: Path) -> None:
-    """Write what was trained: a PEFT adapter that vLLM serves, or a whole transformers folder."""
-    model.save_pretrained(folder)
+def save_weights(model: Any, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Write what was trained: a PEFT adapter that vLLM serves, or a whole transformers folder.
+
+    Args:
+        model: the model.
+        folder: is made.
+        weights: what was trained, if the model does not hold it as a whole.
+    """
+    model.save_pretrained(folder, state_dict=weights)
 
 
 def load_weights(model: Any, folder: Path) -> None:

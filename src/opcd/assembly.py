@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 
 from opcd import adapters, models, weights
@@ -15,12 +14,17 @@ from opcd.checking import check_select_by, warnings
 from opcd.config import Run, check_files, training
 from opcd.errors import ConfigError
 from opcd.graders import Grader, build_grader
-from opcd.items import Item, check_last_turn, pairs_of, render_splits
-from opcd.rendering import Renderer, common_prefix
+from opcd.items import Item, check_last_turn, pairs_of, render_splits, weights_of
+from opcd.launch import build_accelerator, own
+from opcd.openings import MIN_PREFIX_TOKENS, Openings
+from opcd.prefix_cache import token_bytes
+from opcd.rendering import Renderer
 from opcd.rollouts.engine import RolloutEngine
-from opcd.rollouts.hf import MIN_PREFIX_TOKENS, HFEngine
+from opcd.rollouts.hf import HFEngine
 from opcd.teachers import LocalTeacher, build_teacher
 from opcd.types import Answered, Context, PromptPair, Task
+
+T = TypeVar("T")
 
 AHEAD_STEPS = 10
 """Steps whose teachers' answers are generated together."""
@@ -62,10 +66,15 @@ class Parts:
     keeps_hidden: bool = True
     """Whether those answers hold the teacher's hidden states, which then score them."""
 
+    def own(self, rows: Sequence[T], after: int = 0) -> list[T]:
+        """This process's share of rows; `after` so many of the step that were dealt out before."""
+        return own(self.accelerator, rows, after)
+
     @property
-    def own_share(self) -> slice:
-        """Which of a step's rows are this process's."""
-        return slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+    def in_shards(self) -> bool:
+        """Whether some weights are in shards, so that all processes must use them alike."""
+        models_used = (self.student, self.teacher.model, self.base.model)
+        return any(adapters.in_shards(model) for model in models_used)
 
     def render_anchors(self, tasks: Sequence[Task]) -> list[PromptPair]:
         """Anchor prompts, the same for both sides."""
@@ -101,11 +110,11 @@ def assemble(config: Run) -> Parts:
     student = adapters.tune(student, config.model.tuning, config.seed)
     teacher, base = _build_teachers(config, accelerator, dtype, student, tokenizer)
     # What a coach will have written in front of a prompt is not known yet.
-    notes += _share_prefix(teacher, items) if config.context.type != "coach" else []
+    notes += _share_openings(teacher, items) if config.context.type != "coach" else []
     reads_again = _why_read_again(config, student, dtype)
     notes += [reads_again] if reads_again else []
     settings = dtype, end_ids(student, tokenizer), config.rollout.batch_rows
-    engine = HFEngine(student, base.model, *settings)
+    engine = HFEngine(student, base.model, *settings, base.prefixes)
     same = teacher.model is base.model
     train_anchors, test_anchors = load_anchors(config.anchor.path)
     return Parts(
@@ -122,24 +131,12 @@ def assemble(config: Run) -> Parts:
         teacher=teacher,
         base=base,
         engine=engine,
-        teacher_engine=engine if same else HFEngine(teacher.model, teacher.model, *settings),
+        teacher_engine=engine
+        if same
+        else HFEngine(teacher.model, teacher.model, *settings, teacher.prefixes),
         notes=notes,
         keeps_hidden=not reads_again,
     )
-
-
-def build_accelerator(config: Run) -> Accelerator:
-    """Accelerate's view of this process, in the run's precision."""
-    cpu = config.model.device == "cpu" or not (
-        torch.cuda.is_available() or torch.backends.mps.is_available()
-    )
-    device = torch.device("cpu") if cpu else None
-    dtype = weights.auto_dtype(config.model.dtype, device or Accelerator().device)
-    precision = "bf16" if dtype == torch.bfloat16 else "no"
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
-        # Its state is one for the whole process; a second run in it may want another precision.
-        AcceleratorState._reset_state(reset_partial_state=False)
-    return Accelerator(cpu=cpu, mixed_precision=precision)
 
 
 def _load_student(config: Run, device: torch.device, dtype: torch.dtype) -> Any:
@@ -190,7 +187,8 @@ def _build_teachers(
 
     def build(teacher: Any) -> LocalTeacher:
         other = frozen(teacher.path) if isinstance(teacher, training.Frozen) else None
-        return build_teacher(teacher, student, other, autocast)
+        most_bytes = round(config.batch.prefix_gib * 2**30)
+        return build_teacher(teacher, student, other, autocast, most_bytes)
 
     lora = config.model.tuning.type == "lora"
     base = training.AdapterOff() if lora else training.Frozen()
@@ -198,15 +196,40 @@ def _build_teachers(
     return teacher, teacher if config.teacher == base else build(base)
 
 
-def _share_prefix(teacher: LocalTeacher, items: Mapping[str, Sequence[Item]]) -> list[str]:
-    """Let the teacher read the common context once; a note says so, or why it does not."""
-    prompts = [pair.teacher_ids for pair in pairs_of(items)]
-    shared = common_prefix(prompts)
-    if shared < MIN_PREFIX_TOKENS:
-        return []
-    if reason := teacher.share_prefix(prompts[0][:shared], prompts[0][shared:]):
-        return [f"the shared context of {shared} tokens is read with every prompt: {reason}"]
-    return [f"the shared context of {shared} tokens is read once"]
+def _share_openings(teacher: LocalTeacher, items: Mapping[str, Sequence[Item]]) -> list[str]:
+    """Let the teacher read each shared context once; notes say so, or why it does not."""
+    pairs = pairs_of(items)
+    prompts = [pair.teacher_ids for pair in pairs]
+    openings = Openings(prompts, weights_of(items))
+    if not openings.known:
+        added = sum(len(pair.teacher_ids) - len(pair.student_ids) for pair in pairs) / len(pairs)
+        if added < MIN_PREFIX_TOKENS:
+            return []
+        return [f"no two of {len(prompts)} prompts share their context, so each is read in full"]
+    lengths = sorted({len(ids) for ids in openings.known})
+    tokens = " to ".join(f"{count:,}" for count in dict.fromkeys((lengths[0], lengths[-1])))
+    count = len(openings.known)
+    what = (
+        f"the shared context of {tokens} tokens is"
+        if count == 1
+        else f"{count} shared contexts of {tokens} tokens are"
+    )
+    probe = next(ids for ids in prompts if openings.of(ids) == lengths[-1])
+    if reason := teacher.share(openings, probe):
+        return [f"{what} read with every prompt: {reason}"]
+    notes = [f"{what} read once" + (" each" if count > 1 else "")]
+    if openings.without:
+        notes.append(
+            f"{openings.without} of {len(prompts)} prompts looked at share no context of "
+            "theirs with others and are read in full"
+        )
+    held_bytes = openings.tokens * token_bytes(teacher.model)
+    if held_bytes > teacher.prefix_bytes:
+        notes.append(
+            f"their keys and values take {held_bytes / 2**30:.3g} GiB, more than batch.prefix_gib "
+            f"= {teacher.prefix_bytes / 2**30:.3g}: those used least recently are read again"
+        )
+    return notes
 
 
 def _why_read_again(config: Run, student: Any, dtype: torch.dtype) -> str | None:

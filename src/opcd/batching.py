@@ -8,6 +8,7 @@ padding from a real position: no mask is needed, whatever id the padding has.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,13 +28,41 @@ class Side:
     row_T: Tensor
     column_T: Tensor
     """Where the hidden state that predicts each response token stands."""
-    prefix_tokens: int = 0
-    """Tokens that every row has in front of `ids_BS` and that are not in it."""
 
     def to(self, device: torch.device) -> "Side":
         """The same on another device."""
-        tensors = (t.to(device) for t in (self.ids_BS, self.row_T, self.column_T))
-        return Side(*tensors, prefix_tokens=self.prefix_tokens)
+        return Side(*(t.to(device) for t in (self.ids_BS, self.row_T, self.column_T)))
+
+    def prompts(self) -> list[tuple[int, ...]]:
+        """Each row's tokens up to the first that predicts one of the response."""
+        ends = zip(self._ids(), self._bounds("amin"), strict=True)
+        return [ids[: first + 1] for ids, first in ends]
+
+    def part(self, rows: Sequence[int], cuts: Sequence[int]) -> tuple["Side", Tensor]:
+        """Some rows without tokens at their heads, and where among all T theirs are.
+
+        Args:
+            rows: which, in the order that they shall have.
+            cuts: how many tokens each of them leaves out; fewer than its prompt has.
+        """
+        device, ids, last = self.ids_BS.device, self._ids(), self._bounds("amax")
+        own = [ids[row][cut : last[row] + 1] for row, cut in zip(rows, cuts, strict=True)]
+        new_B = torch.full((len(self.ids_BS),), -1, device=device)
+        new_B[torch.tensor(rows, device=device)] = torch.arange(len(rows), device=device)
+        place_T = (new_B[self.row_T] >= 0).nonzero().squeeze(-1)
+        row_T = new_B[self.row_T[place_T]]
+        column_T = self.column_T[place_T] - torch.tensor(list(cuts), device=device)[row_T]
+        assert int(column_T.min()) >= 0, f"{cuts} tokens leave nothing of a prompt"
+        return Side(pad_right(own).to(device), row_T, column_T), place_T
+
+    def _ids(self) -> list[tuple[int, ...]]:
+        return [tuple(row) for row in self.ids_BS.tolist()]
+
+    def _bounds(self, which: Literal["amin", "amax"]) -> list[int]:
+        """The first or the last column of each row that predicts something."""
+        found_B = torch.zeros(len(self.ids_BS), dtype=torch.long, device=self.row_T.device)
+        found_B.scatter_reduce_(0, self.row_T, self.column_T, which, include_self=False)
+        return found_B.tolist()
 
     def take(self, hidden_BSD: Tensor) -> Tensor:
         """The hidden states that predict the response tokens, `hidden_TD`."""
@@ -57,16 +86,12 @@ class Batch:
         return Batch(*sides, self.response_T.to(device), self.length_T.to(device), self.sequences)
 
 
-def collate(
-    pairs: Sequence[PromptPair], rollouts: Sequence[Rollout], prefix_tokens: int = 0
-) -> Batch:
+def collate(pairs: Sequence[PromptPair], rollouts: Sequence[Rollout]) -> Batch:
     """One batch from pairs and their rollouts, in the same order.
 
     Args:
         pairs: prompts of both sides.
         rollouts: the responses to them; response ids are shared verbatim by both sides.
-        prefix_tokens: how many tokens at the head of every teacher prompt are left out, because
-            the teacher has read them already; less than the shortest teacher prompt.
     """
     for pair, rollout in zip(pairs, rollouts, strict=True):
         assert pair.task_id == rollout.task_id, f"{pair.task_id} is not {rollout.task_id}"
@@ -74,8 +99,8 @@ def collate(
     responses = [rollout.response_ids for rollout in rollouts]
     lengths = torch.tensor([len(response) for response in responses])
     return Batch(
-        student=_side([pair.student_ids for pair in pairs], responses, 0),
-        teacher=_side([pair.teacher_ids for pair in pairs], responses, prefix_tokens),
+        student=_side([pair.student_ids for pair in pairs], responses),
+        teacher=_side([pair.teacher_ids for pair in pairs], responses),
         response_T=torch.tensor([token for response in responses for token in response]),
         length_T=lengths.repeat_interleave(lengths),
         sequences=len(pairs),
@@ -87,23 +112,19 @@ def padded_width(rows: Sequence[Sequence[int]]) -> int:
     return math.ceil(max(len(row) for row in rows) / WIDTH_STEP) * WIDTH_STEP
 
 
-def _side(
-    prompts: Sequence[tuple[int, ...]], responses: Sequence[tuple[int, ...]], prefix_tokens: int
-) -> Side:
-    prompts = [prompt[prefix_tokens:] for prompt in prompts]
-    assert all(prompts), f"a prefix of {prefix_tokens} tokens leaves nothing of a prompt"
+def pad_right(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Rows as one batch, `_BS`."""
+    width = padded_width(rows)
+    return torch.tensor([(*row, *(0,) * (width - len(row))) for row in rows])
+
+
+def _side(prompts: Sequence[tuple[int, ...]], responses: Sequence[tuple[int, ...]]) -> Side:
     # The last response token predicts nothing that is trained on, so no model needs to read it.
     rows = [prompt + response[:-1] for prompt, response in zip(prompts, responses, strict=True)]
-    width = padded_width(rows)
     row_T = [row for row, response in enumerate(responses) for _ in response]
     column_T = [
         len(prompt) - 1 + offset
         for prompt, response in zip(prompts, responses, strict=True)
         for offset in range(len(response))
     ]
-    return Side(
-        ids_BS=torch.tensor([row + (0,) * (width - len(row)) for row in rows]),
-        row_T=torch.tensor(row_T),
-        column_T=torch.tensor(column_T),
-        prefix_tokens=prefix_tokens,
-    )
+    return Side(pad_right(rows), torch.tensor(row_T), torch.tensor(column_T))

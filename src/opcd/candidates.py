@@ -26,9 +26,6 @@ from opcd.runs import RoundFolder, append_jsonl, mend_jsonl, read_jsonl
 
 Say = Callable[[str], object]
 
-MOST_READ_TOKENS = 8192
-"""Tokens of experience that are read once for each row rather than once for all of them."""
-
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -162,21 +159,12 @@ def scored_rows(parts: Parts) -> list[Item]:
 
 
 def batches(candidates: Sequence[Candidate], rows: int, most_rows: int) -> list[list[Candidate]]:
-    """Candidates whose rows are answered in one call.
+    """Candidates whose rows are answered in one call: as many as fill the engine's batch.
 
-    As many as fill the engine's batch. A long one is asked alone: its text is then read once for
-    all of its rows, which saves more than a fuller batch does.
+    The engine reads each text once for all of its rows.
     """
-    found: list[list[Candidate]] = []
-    free = read = 0
-    for one in candidates:
-        cost = one.tokens * rows
-        if not found or free < rows or read + cost > MOST_READ_TOKENS:
-            found.append([])
-            free, read = most_rows, 0
-        found[-1].append(one)
-        free, read = free - rows, read + cost
-    return found
+    each = max(1, most_rows // max(rows, 1))
+    return [list(candidates[start : start + each]) for start in range(0, len(candidates), each)]
 
 
 def standard_error(marks: Sequence[float]) -> float:

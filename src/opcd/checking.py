@@ -11,12 +11,17 @@ from opcd.contexts import load_context
 from opcd.envs.games import openings_of
 from opcd.errors import ConfigError
 from opcd.graders import Grader, build_grader
+from opcd.memory import Layout, memory_lines
 from opcd.public_sets import find_set
 from opcd.tasks import load_splits
 from opcd.types import Task
 
 GAME_METRICS = ("correct", "kl_nats_per_token")
 """What weights can be chosen by, where games are played: the share that is solved, or the KL."""
+
+CHARACTERS_A_TOKEN = 4
+USUAL_TOKENS = {"tasks": 250, "game": 600}
+"""Of a prompt that cannot be looked at: a question, or the history of a game."""
 
 
 def check_run(path: Path, overrides: Sequence[str] = ()) -> tuple[Run, list[str]]:
@@ -57,6 +62,47 @@ def check_run(path: Path, overrides: Sequence[str] = ()) -> tuple[Run, list[str]
                 grader(task, "")
     counts = "tasks: " + ", ".join(f"{len(t)} {s}" for s, t in splits.items())
     return run, [*facts, *notes, counts]
+
+
+def memory_facts(run: Run, processes: int = 1, sharded: bool = False) -> list[str]:
+    """What each process of a run will hold in memory, part by part; no model is loaded.
+
+    Lengths are those of the longest prompt and of its context, at four characters a token; of
+    prompts that are not in a file here, a usual one is taken.
+
+    Raises:
+        ConfigError: the model's shape is not known without loading it.
+    """
+    prompt, context = _longest(run)
+    at = Layout(
+        processes,
+        sharded,
+        element=4 if run.model.dtype == "float32" else 2,
+        prompt_tokens=prompt,
+        context_tokens=context,
+    )
+    facts = memory_lines(run, at)
+    facts.append(
+        f"taken for it: prompts of {prompt} tokens, a context of {context}, responses of "
+        f"{run.rollout.max_new_tokens}"
+    )
+    return facts
+
+
+def _longest(run: Run) -> tuple[int, int]:
+    """Tokens of the longest prompt, roughly, and of the context that goes with it."""
+    if run.game or run.tasks is None or any([_is_far(source) for source in run.tasks.train]):
+        return USUAL_TOKENS["game" if run.game else "tasks"], 0
+    tasks = load_splits(run.tasks, run.seed, [])["train"]
+    task = max(tasks, key=_characters)
+    given = load_context(run.context, task)
+    shown = len(given.system) + len(given.user_template)
+    shown += sum(len(message.content) for message in given.examples)
+    return _characters(task) // CHARACTERS_A_TOKEN, shown // CHARACTERS_A_TOKEN
+
+
+def _characters(task: Task) -> int:
+    return sum(len(message.content) for message in task.messages)
 
 
 def check_context(run: Run) -> None:

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from opcd.errors import CheckpointError
+from opcd.sharding import part_like, whole
 
 MANIFEST = "manifest.json"
 FACTS = "facts.json"
@@ -96,10 +98,13 @@ def latest(folder: Path) -> Path:
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Any]:
-    """An optimiser's state as named tensors, and its parameter groups as JSON values."""
+    """An optimiser's state as named tensors, and its parameter groups as JSON values.
+
+    Tensors are whole, whatever the processes hold of them: so many others can go on from here.
+    """
     state = optimizer.state_dict()
     tensors = {
-        f"{index}/{name}": torch.as_tensor(value).detach().cpu()
+        f"{index}/{name}": whole(torch.as_tensor(value).detach()).cpu()
         for index, entry in state["state"].items()
         for name, value in entry.items()
     }
@@ -111,9 +116,11 @@ def unpack_optimizer(
 ) -> None:
     """Give an optimiser the state that `pack_optimizer` took from it."""
     state: dict[int, dict[str, Tensor]] = {}
+    moved = [weight for group in optimizer.param_groups for weight in group["params"]]
     for key, value in tensors.items():
         index, _, name = key.partition("/")
-        state.setdefault(int(index), {})[name] = value
+        own = part_like(value, moved[int(index)]) if value.dim() else value
+        state.setdefault(int(index), {})[name] = own
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
@@ -125,8 +132,23 @@ def random_state() -> dict[str, Tensor]:
     return state
 
 
-def restore_random(state: Mapping[str, Tensor]) -> None:
-    """Set torch's generators to a saved state; those of devices that are gone are left alone."""
+def random_states(accelerator: Any) -> dict[str, Tensor]:
+    """The same of all processes; the first one's names are plain, others' have its number."""
+    if accelerator.num_processes == 1:
+        return random_state()
+    found: dict[str, Tensor] = {}
+    for process, state in enumerate(gather_object([random_state()])):
+        found |= {f"{process}/{name}" if process else name: t for name, t in state.items()}
+    return found
+
+
+def restore_random(states: Mapping[str, Tensor], process: int = 0) -> None:
+    """Set torch's generators to a saved state; those of devices that are gone are left alone.
+
+    A process that was not there when it was saved starts from the state of the first.
+    """
+    prefix = f"{process}/" if f"{process}/cpu" in states else ""
+    state = {name.removeprefix(prefix): t for name, t in states.items() if name.startswith(prefix)}
     torch.set_rng_state(state["cpu"])
     for index in range(torch.cuda.device_count()):
         if f"cuda.{index}" in state:

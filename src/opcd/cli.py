@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from opcd import experience_cli, lab_cli
-from opcd.errors import OpcdError
+from opcd.errors import ConfigError, OpcdError
 
 if TYPE_CHECKING:
     from opcd.evaluation import Evaluation
@@ -33,6 +33,17 @@ Overrides = Annotated[
 ]
 
 
+@app.callback()
+def only_training_is_launched(context: typer.Context) -> None:
+    """On-policy context distillation: train a prompt into a model's weights."""
+    count = int(os.environ.get("WORLD_SIZE") or 1)
+    if count > 1 and context.invoked_subcommand != "train":
+        raise ConfigError(
+            f"opcd {context.invoked_subcommand} was launched in {count} processes, but only opcd "
+            "train is shared by several; start it without accelerate launch or torchrun"
+        )
+
+
 def main() -> None:
     """Run the command; deliberate errors become a message and an exit code."""
     # transformers' own bars and notices would drown the run's.
@@ -43,7 +54,8 @@ def main() -> None:
     try:
         app()
     except OpcdError as error:
-        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]", end=": ")
+        of_process = f" in process {os.environ['RANK']}" if "RANK" in os.environ else ""
+        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]{of_process}", end=": ")
         Console(stderr=True).print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
 
@@ -53,11 +65,17 @@ def check(
     config: ConfigPath,
     overrides: Overrides = None,
     render: Annotated[int, typer.Option(help="Show this many prompt pairs, by token.")] = 0,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Estimate the memory of each part.")
+    ] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Of the launch, for --memory.")] = 1,
+    fsdp: Annotated[bool, typer.Option("--fsdp", help="Weights in shards, for --memory.")] = False,
 ) -> None:
     """Validate a run without loading a model; with --render, show what each side reads."""
-    from opcd.checking import check_run
+    from opcd.checking import check_run, memory_facts
 
     run, facts = check_run(config, overrides or [])
+    facts += memory_facts(run, processes, fsdp) if memory else []
     for line in facts:
         console.print(line, markup=False, highlight=False)
     if render:
@@ -92,12 +110,18 @@ def train(
     measure: Annotated[bool, typer.Option("--evaluate", help="Then as opcd evaluate.")] = False,
 ) -> None:
     """Bake the context in: train, validate, keep the best weights."""
+    if measure and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise ConfigError(
+            "--evaluate measures in one process; leave it out, and run opcd evaluate afterwards"
+        )
     from opcd.config import load_config
 
     run = load_config(config, overrides or [])
     from opcd.training import train as start
 
     outcome = start(run, resume=resume, overwrite=overwrite)
+    console.quiet = not outcome.parts.accelerator.is_main_process
+    outcome.parts.accelerator.end_training()
     if outcome.interrupted_by is not None:
         console.print(f"stopped after step {outcome.steps}; continue with --resume")
         raise typer.Exit(128 + outcome.interrupted_by)

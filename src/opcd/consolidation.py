@@ -68,7 +68,7 @@ def consolidate(run: Run, number: int, folder: RoundFolder, say: Say) -> dict[st
     measured_run = _with_experience(run, f"{run.name}-round-{number}", files)
     trained_run = _on_store(measured_run, run, folder) if _is_stored(run) else measured_run
     check_unchanged(folder, files, trained_run)
-    runs, notes = {"baked": trained_run}, []
+    runs, notes = {"baked": trained_run}, _chosen_by_kl(run, trained_run)
     try:
         runs["off_policy"] = off_policy(trained_run)
     except ConfigError as error:
@@ -252,6 +252,16 @@ def _measured(
         load_weights(parts.student, trained.best)
         known = evaluate_best(trained, parts, read_best(trained)["step"], "test")
     return known.summary, known.answers
+
+
+def _chosen_by_kl(run: Run, trained_run: Run) -> list[str]:
+    """A note where weights are not chosen by what the run calls right."""
+    if not run.is_graded or trained_run.is_graded:
+        return []
+    return [
+        "stored prompts have no answers, so the weights were chosen by their KL to the teacher, on "
+        f"{PREFIX_VALIDATION_SHARE:.0%} of the stored prompts"
+    ]
 
 
 def _is_stored(run: Run) -> bool:

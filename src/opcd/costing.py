@@ -25,11 +25,11 @@ from opcd.drawing import draw_pairs
 from opcd.errors import CostsError, RunFolderError
 from opcd.items import Item
 from opcd.models import why_no_prefix
+from opcd.openings import MIN_PREFIX_TOKENS
 from opcd.prefix_cache import read_prefix
 from opcd.programs import open_baked, read_evaluation
 from opcd.rendering import common_prefix
 from opcd.responses import rows_of
-from opcd.rollouts.hf import MIN_PREFIX_TOKENS
 from opcd.runs import RunFolder, open_run, read_best, read_jsonl, write_json
 from opcd.timing import REPETITIONS, Served, describe_machine, time_conditions
 from opcd.types import Origin
@@ -197,7 +197,8 @@ def count_training(parts: Parts, metrics: Sequence[Row]) -> list[Row]:
         "anchor": parts.config.anchor.max_new_tokens,
         "context_return": parts.config.rollout.max_new_tokens,
     }
-    return training_rows(steps, metrics, parts.teacher.prefix_tokens, most)
+    openings = parts.teacher.openings
+    return training_rows(steps, metrics, lambda ids: ids[: openings.of(ids)], most)
 
 
 def notes(prices: Prices, model: Any, sharing: Sharing, parts: Parts) -> list[tuple[str, str]]:

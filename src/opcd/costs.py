@@ -6,7 +6,7 @@ break-even is exact.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -149,7 +149,7 @@ def kv_rows(shape: KvShape, requests: Mapping[str, Request]) -> list[Row]:
 def training_rows(
     steps: Sequence[StepPrompts],
     metrics: Sequence[Mapping[str, Any]],
-    shared_tokens: int,
+    opening_of: Callable[[tuple[int, ...]], tuple[int, ...]],
     most_tokens: Mapping[Origin, int],
 ) -> list[Row]:
     """Tokens and seconds of a run's steps: answering, the teacher's pass, the student's.
@@ -161,7 +161,8 @@ def training_rows(
     Args:
         steps: the prompts of each step.
         metrics: the rows of `metrics.jsonl`, in the same order.
-        shared_tokens: the context that the teacher has read once; 0 where it read every prompt.
+        opening_of: what the teacher has read of a prompt once for all that begin with it; `()`
+            where it read every prompt in full.
         most_tokens: the most that a response to an anchor and to a context_return may have.
     """
     taught = [pair for step in steps for pair in step.taught]
@@ -178,12 +179,12 @@ def training_rows(
         for name in ("rollout_s", "teacher_s", "train_s", "wall_s")
     }
     answers = [
-        _pass("answers, by the student", asked, total - taught_tokens, False, 0),
-        _pass("answers, by the teacher", taught, taught_tokens, True, shared_tokens),
+        _pass("answers, by the student", asked, total - taught_tokens, False),
+        _pass("answers, by the teacher", taught, taught_tokens, True, opening_of),
     ]
     passes = [
-        _pass("teacher scores", [*taught, *asked], total, True, shared_tokens),
-        _pass("student learns", [*taught, *asked], total, False, 0),
+        _pass("teacher scores", [*taught, *asked], total, True, opening_of),
+        _pass("student learns", [*taught, *asked], total, False),
     ]
     walls = (None, None, seconds["teacher_s"], seconds["train_s"])
     rows = [_with_wall(row, wall) for row, wall in zip([*answers, *passes], walls, strict=True)]
@@ -263,17 +264,22 @@ def _taught_share(step: StepPrompts) -> Fraction:
 
 
 def _pass(
-    part: str, pairs: Sequence[PromptPair], response_tokens: int, with_context: bool, shared: int
+    part: str,
+    pairs: Sequence[PromptPair],
+    response_tokens: int,
+    with_context: bool,
+    opening_of: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda _: (),
 ) -> Row:
     count = Counter(pair.origin for pair in pairs)
-    # All prompts but those of anchors begin with the context, on the teacher's side.
-    sharing = len(pairs) - count["anchor"]
+    # All prompts but those of anchors begin with a context, on the teacher's side.
+    uses = Counter(opening_of(pair.teacher_ids) for pair in pairs if pair.origin != "anchor")
+    again = sum((times - 1) * len(opening) for opening, times in uses.items())
     tokens = sum(len(p.teacher_ids if with_context else p.student_ids) for p in pairs)
     return {
         "part": part,
         "sequences": len(pairs),
         "prompt_tokens": tokens,
-        "prompt_tokens_with_shared_once": tokens - max(sharing - 1, 0) * shared,
+        "prompt_tokens_with_shared_once": tokens - again,
         "task_response_tokens": response_tokens,
         "anchor": count["anchor"],
         "context_return": count["context_return"],

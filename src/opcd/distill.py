@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -24,8 +24,10 @@ from opcd.config.training import Direction, Loss
 from opcd.divergence import TokenStats
 from opcd.drawing import Rollouts, roll_out
 from opcd.errors import DivergedError, RolloutError
+from opcd.launch import most
 from opcd.rollouts.engine import Resting
-from opcd.tally import Tally, peak_bytes, release_memory
+from opcd.sharding import summing_later, whole
+from opcd.tally import Tally, release_memory
 from opcd.teachers import LocalTeacher
 from opcd.types import Answered, Origin
 
@@ -125,34 +127,63 @@ def accumulate(parts: Parts, answered: Sequence[Answered], loss: Loss, tally: Ta
     Sums are divided once, by the count over all portions and processes.
     """
     accelerator = parts.accelerator
-    portions = cut_portions(answered, parts.config.batch.rows_per_forward)
+    portions = portions_of(parts, answered)
     total = tally.sums["sequences" if loss.reduction == "sequence" else "tokens"]
     parts.distiller.train()
     for portion in portions:
-        teacher, batch = batch_of(parts, portion)
+        teacher, batch = batch_of(parts, portion.answered, portion.origin)
         with tally.timed("teacher_s"):
-            teacher_TD = teacher_states(teacher, portion, batch)
+            teacher_TD = teacher_states(teacher, portion.answered, batch)
         waits = portion is not portions[-1]
         with (
             tally.timed("train_s"),
-            accelerator.no_sync(parts.distiller) if waits else nullcontext(),
+            summing_later(parts.distiller) if waits else nullcontext(),
         ):
             stats = parts.distiller(batch, teacher_TD, teacher.head, loss)
             loss_nats = (stats.divergence_T / weigh(batch.length_T, loss)).sum() / total
             # Data-parallel training averages over processes; the total is over all of them.
-            accelerator.backward(loss_nats * accelerator.num_processes)
-        tally.add("loss_nats", loss_nats.item())
-        add_stats(tally, stats, portion[0].pair.origin)
+            accelerator.backward(loss_nats * accelerator.num_processes * portion.counts)
+        if portion.counts:
+            tally.add("loss_nats", loss_nats.item())
+            add_stats(tally, stats, portion.origin)
 
 
-def batch_of(parts: Parts, portion: Sequence[Answered]) -> tuple[LocalTeacher, Batch]:
-    """Who scores a portion of one origin, and its batch, without what that teacher has read."""
-    teacher = parts.teacher if portion[0].pair.origin == "task" else parts.base
-    # The run's context opens all prompts but those of anchors, and of items given another one.
-    known = teacher.prefix.ids if teacher.prefix else ()
-    shared = all(a.pair.teacher_ids[: len(known)] == known for a in portion)
-    prefix_tokens = teacher.prefix_tokens if shared else 0
-    batch = collate([a.pair for a in portion], [a.rollout for a in portion], prefix_tokens)
+class Portion(NamedTuple):
+    """What goes through the models in one pass."""
+
+    answered: list[Answered]
+    origin: Origin
+    """Whose teacher scores it."""
+    counts: bool = True
+    """Whether it is of the batch, and not there to keep step with other processes."""
+
+
+def portions_of(parts: Parts, answered: Sequence[Answered]) -> list[Portion]:
+    """Responses in portions that share a teacher.
+
+    Where weights are in shards, all processes make the same passes, for each puts a part of the
+    weights in: one that has fewer portions makes some again, which count nothing.
+    """
+    cut = cut_portions(answered, parts.config.batch.rows_per_forward)
+    portions = [Portion(one, one[0].pair.origin) for one in cut]
+    if not parts.in_shards:
+        return portions
+    origins = get_args(Origin)
+    counts = [sum(p.origin == origin for p in portions) for origin in origins]
+    level: list[Portion] = []
+    for origin, count in zip(origins, most(parts.accelerator, counts), strict=True):
+        same = [p for p in portions if p.origin == origin]
+        idle = Portion(portions[0].answered[:1], origin, counts=False)
+        level += [*same, *[idle] * (int(count) - len(same))]
+    return level
+
+
+def batch_of(
+    parts: Parts, portion: Sequence[Answered], origin: Origin | None = None
+) -> tuple[LocalTeacher, Batch]:
+    """Who scores a portion of one origin, and its batch."""
+    teacher = parts.teacher if (origin or portion[0].pair.origin) == "task" else parts.base
+    batch = collate([a.pair for a in portion], [a.rollout for a in portion])
     return teacher, batch.to(parts.accelerator.device)
 
 
@@ -193,7 +224,7 @@ def update(parts: Parts, trainer: Trainer, tally: Tally) -> float:
     config, weights = parts.config.optimizer, list(trainable(parts.distiller).values())
     tally.gather(parts.accelerator)
     clipped: Any = parts.accelerator.clip_grad_norm_(weights, config.clip_norm)
-    norm = float(clipped)
+    norm = float(whole(clipped))
     tally.sums["grad_norm"] = norm
     lr = trainer.optimizer.param_groups[0]["lr"]
     if math.isfinite(norm) and math.isfinite(tally.sums["loss_nats"]):
@@ -259,5 +290,5 @@ def summarise(
         "student_mass_in_support": tally.mean("student_mass", "kl_tokens"),
         "teacher_mass_in_support": tally.mean("teacher_mass", "kl_tokens"),
         **tally.seconds,
-        "peak_bytes": peak_bytes(),
+        "peak_bytes": int(tally.peak_bytes),
     }

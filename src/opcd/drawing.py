@@ -8,7 +8,7 @@ it is played to its end, and each turn is a prompt of its own with its response.
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Literal
 
 from opcd.assembly import AHEAD_STEPS, Parts
 from opcd.config import Run
@@ -17,7 +17,7 @@ from opcd.errors import OverLongError, RolloutError
 from opcd.items import Item
 from opcd.rollouts.engine import Prompt, RolloutEngine, Sampling
 from opcd.tasks import draw
-from opcd.types import Answered, Origin, PromptPair
+from opcd.types import Answered, PromptPair
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ def roll_out(parts: Parts, step: int) -> Rollouts:
     answered = list(answer_as_teacher(parts, step))
     _, asked = draw_pairs(parts, step)
     config = parts.config
-    if asked:
+    if asked or parts.in_shards:
         parts.engine.use("student", step)
         answered += answer(config, parts.engine, asked, sampling_of(config, step))
     if config.game is None:
@@ -79,15 +79,14 @@ def draw_pairs(parts: Parts, step: int) -> tuple[list[PromptPair], list[PromptPa
     bare = config.bare_anchors_per_step
     anchors = parts.anchors.draw(config.anchors_per_step, f"{config.seed}/{step}", bare)
     # What the base says with the context is what is to be kept, so it gives the answers as well.
-    taught = [with_context_on_both_sides(i.pair) for i in returned[parts.own_share]]
-    asked: list[PromptPair] = []
-    for pairs in (
-        [item.pair for item in tasks[parts.own_share]],
-        parts.render_anchors(anchors[parts.own_share]),
-    ):
-        cut = round(len(pairs) * fraction)
-        taught += pairs[:cut]
-        asked += pairs[cut:]
+    # Dealt out one after the other, so that no process gets a row more than another of all.
+    cut, anchor_cut = round(len(tasks) * fraction), round(len(anchors) * fraction)
+    dealt = len(tasks) + len(anchors)
+    taught = [with_context_on_both_sides(i.pair) for i in parts.own(returned, dealt)]
+    taught += [item.pair for item in parts.own(tasks[:cut])]
+    taught += parts.render_anchors(parts.own(anchors[:anchor_cut], len(tasks)))
+    asked = [item.pair for item in parts.own(tasks[cut:], cut)]
+    asked += parts.render_anchors(parts.own(anchors[anchor_cut:], len(tasks) + anchor_cut))
     return taught, asked
 
 
@@ -112,15 +111,15 @@ def play_tasks(parts: Parts, step: int) -> Played:
 
     The others are played by the student without it.
     """
-    own = dict(list(name_episodes(draw_tasks(parts, step)).items())[parts.own_share])
-    cut = round(len(own) * teacher_fraction_at(parts.config, step))
-    taught, asked = dict(list(own.items())[:cut]), dict(list(own.items())[cut:])
+    boards = list(name_episodes(draw_tasks(parts, step)).items())
+    cut = round(len(boards) * teacher_fraction_at(parts.config, step))
+    taught, asked = dict(parts.own(boards[:cut])), dict(parts.own(boards[cut:], cut))
     sampling = sampling_of(parts.config, step)
     found: list[Played] = []
-    if taught:
+    if taught or (cut and parts.in_shards):
         parts.teacher_engine.use("base", 0)
         found.append(play(parts, parts.teacher_engine, taught, sampling, "teacher"))
-    if asked:
+    if asked or (cut < len(boards) and parts.in_shards):
         parts.engine.use("student", step)
         found.append(play(parts, parts.engine, asked, sampling, "student"))
     return Played(
@@ -132,8 +131,8 @@ def play_tasks(parts: Parts, step: int) -> Played:
 def play_returned(parts: Parts, step: int) -> Played:
     """This process's boards of a step that the base plays with the context."""
     named = name_episodes(draw_returned(parts, step), "/context_return")
-    own = dict(list(named.items())[parts.own_share])
-    if not own:
+    own = dict(parts.own(list(named.items()), len(draw_tasks(parts, step))))
+    if not named or (not own and not parts.in_shards):
         return Played(())
     parts.engine.use("base", 0)
     return play(parts, parts.engine, own, sampling_of(parts.config, step), "teacher")
@@ -202,15 +201,18 @@ def answer_as_teacher(parts: Parts, step: int) -> list[Answered]:
         parts.ahead = {s: [] for s in steps}
         taught = [(s, pair) for s in steps for pair in draw_pairs(parts, s)[0]]
         sampling = Sampling(config.rollout.temperature, config.rollout.top_p, str(config.seed))
-        engines: dict[Origin, RolloutEngine] = dict.fromkeys(get_args(Origin), parts.engine)
-        engines["task"] = parts.teacher_engine
-        groups: dict[tuple[int, bool], list[tuple[int, PromptPair]]] = {}
+        engines = [parts.teacher_engine, parts.engine]
+        which = {"task": 0} if engines[0] is not engines[1] else {}
+        # Anchors apart: all other prompts begin with a context, behind which they are short.
+        groups: dict[tuple[int, bool], list[tuple[int, PromptPair]]] = {
+            (engine, of_anchors): [] for engine in (0, 1) for of_anchors in (False, True)
+        }
         for s, pair in taught:
-            # Anchors apart: all other prompts begin with the context, which is then read once.
-            key = id(engines[pair.origin]), pair.origin == "anchor"
-            groups.setdefault(key, []).append((s, pair))
-        for mine in groups.values():
-            engine = engines[mine[0][1].origin]
+            groups[which.get(pair.origin, 1), pair.origin == "anchor"].append((s, pair))
+        for (number, _), mine in groups.items():
+            if not mine and not parts.in_shards:
+                continue
+            engine = engines[number]
             engine.use("base", 0)
             prompts = [
                 replace(prompt_of(config, pair, True, f"/{s}"), keep_hidden=parts.keeps_hidden)

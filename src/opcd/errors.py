@@ -23,7 +23,8 @@ The tree, with the exit code that the command line gives it:
         |-- RolloutError                     an engine gave responses that cannot be trained on
         |-- ExtractorError                   a model that was to write items cannot be asked
         |-- NothingLearnedError              no experience is seen to help, so none is baked in
-        `-- ExportError                      an exported model that does not answer like its run
+        |-- ExportError                      an exported model that does not answer like its run
+        `-- LaunchError                      one of several processes lost the others
 """
 
 
@@ -113,3 +114,7 @@ class NothingLearnedError(RunError):
 
 class ExportError(RunError):
     """An exported model does not answer like the run it came from."""
+
+
+class LaunchError(RunError):
+    """One of several processes was left alone by the others."""

@@ -13,6 +13,7 @@ from opcd.assembly import Parts
 from opcd.config.training import Loss
 from opcd.intervals import estimate, mcnemar
 from opcd.items import Item
+from opcd.launch import rejoin
 from opcd.responses import (
     Response,
     by_metric,
@@ -66,15 +67,20 @@ def evaluate(parts: Parts, split: str, checkpoint: str) -> Evaluation:
 def validate(parts: Parts, step: int) -> dict[str, float]:
     """Grader's metrics and KL to the teacher on validation rows, without the context.
 
-    A metric that only some rows have is the mean over those, `rows_METRIC` of them.
+    A metric that only some rows have is the mean over those, `rows_METRIC` of them. Processes share
+    the rows, if there is one for each.
     """
     items = rows_of(parts, "validation", parts.config.evaluation.validation_rows)
-    responses = respond(parts, items, "baked")
-    values = by_metric(responses)
+    shared = len(items) >= parts.accelerator.num_processes
+    responses = respond(parts, parts.own(items) if shared else items, "baked")
+    answered = [turn for r in responses for turn in r.turns]
+    nats = nats_by_response(responses, score(parts, answered, Loss()))
+    rows = [(response, nats[place]) for place, response in enumerate(responses)]
+    rows = rejoin(parts.accelerator, rows) if shared else rows
+    values = by_metric([response for response, _ in rows])
     metrics = {name: mean(found) for name, found in values.items()}
     counts = {f"rows_{n}": len(found) for n, found in values.items() if len(found) < len(items)}
-    answered = [turn for r in responses for turn in r.turns]
-    kl_nats = [kl for _, stats in score(parts, answered, Loss()) for kl in stats.kl_T.tolist()]
+    kl_nats = [kl for _, row in rows for kl in row]
     scores = {**metrics, **counts, "kl_nats_per_token": mean(kl_nats)}
     return {"step": step, "rows": len(items), **scores}
 

@@ -1,6 +1,7 @@
 """Verbs of learning from experience; heavy imports wait until a verb needs them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +25,18 @@ Round = Annotated[
 ]
 
 
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Say after Ctrl-C what becomes of what is there."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _say("stopped; what is written stays, and the same command goes on from there")
+        raise
+
+
 @app.command()
+@_resumable()
 def solve(config: ConfigPath, overrides: Overrides = None, number: Round = 1) -> None:
     """Let the model solve problems without any experience; appends to traces.jsonl."""
     round_, traces = _open(config, overrides, number)
@@ -35,6 +47,7 @@ def solve(config: ConfigPath, overrides: Overrides = None, number: Round = 1) ->
 
 
 @app.command()
+@_resumable()
 def extract(config: ConfigPath, overrides: Overrides = None, number: Round = 1) -> None:
     """Have a model write down what each trace teaches; solves first what is missing."""
     round_, traces = _open(config, overrides, number)
@@ -48,6 +61,7 @@ def extract(config: ConfigPath, overrides: Overrides = None, number: Round = 1) 
 
 
 @app.command()
+@_resumable()
 def accumulate(config: ConfigPath, overrides: Overrides = None, number: Round = 1) -> None:
     """Append what was written to experiences within their budget; extracts first what is missing.
 
@@ -68,6 +82,7 @@ def accumulate(config: ConfigPath, overrides: Overrides = None, number: Round = 
 
 
 @app.command()
+@_resumable()
 def select(config: ConfigPath, overrides: Overrides = None, number: Round = 1) -> None:
     """Score every experience on validation rows and choose one; gathers first what is missing."""
     from opcd.config import load_config
@@ -85,6 +100,7 @@ def select(config: ConfigPath, overrides: Overrides = None, number: Round = 1) -
 
 
 @app.command()
+@_resumable()
 def consolidate(config: ConfigPath, overrides: Overrides = None, number: Round = 1) -> None:
     """Bake the chosen experience in and measure it; gathers and selects first what is missing."""
     from opcd.config import load_config
@@ -96,6 +112,7 @@ def consolidate(config: ConfigPath, overrides: Overrides = None, number: Round =
 
 
 @app.command()
+@_resumable()
 def experience(
     config: ConfigPath,
     overrides: Overrides = None,

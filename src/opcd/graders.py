@@ -11,7 +11,7 @@ from typing import Any
 
 from opcd.config import inputs
 from opcd.errors import ConfigError, TaskError
-from opcd.math_answers import load_verifier, parse_gold, parse_response
+from opcd.math_answers import load_verifier, parse_gold, parse_response, plain_minus
 from opcd.targets import resolve
 from opcd.types import Score, Task
 
@@ -21,8 +21,8 @@ ARTICLE = re.compile(r"\b(?:A|I) (?!(?:is|or|and|because)\b)(?=[a-z])")
 """A and I where a sentence goes on with them: words, not the letters of an option."""
 WRAPPING = " \t\r\n.:;()[]*\"'"
 """What may stand around a choice in its tag."""
-NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
-
+NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+"""A hyphen between two numbers, as in 10-3, is no sign of the second."""
 
 THOUGHT = ("<think>", "</think>")
 """What a model that thinks before it answers puts around its thoughts."""
@@ -93,12 +93,12 @@ def grade_contains(task: Task, response: str) -> Score:
 
 def grade_numeric(task: Task, response: str, tolerance: float = 1e-6) -> Score:
     """Right where the last number in the response is the answer (thousands commas allowed)."""
-    answer = str(_answer(task)).replace(",", "")
+    answer = plain_minus(str(_answer(task))).replace(",", "")
     try:
         wanted = float(answer)
     except ValueError as error:
         raise _unfit(task, "a number") from error
-    numbers = NUMBER.findall(response)
+    numbers = NUMBER.findall(plain_minus(response))
     if not numbers:
         return _score(valid=False, correct=False, note="no number")
     found = float(numbers[-1].replace(",", ""))

@@ -40,6 +40,9 @@ class Pool(Sequence[Item]):
     renderer: Renderer
     rows: Sequence[Row]
     contexts: Sequence[Context]
+    apart: tuple[int, ...] = (0,)
+    """Rows whose own prompts have the least in common: what theirs share behind a context, all
+    share."""
 
     def __len__(self) -> int:
         return len(self.rows) * len(self.contexts)
@@ -59,8 +62,9 @@ class Pool(Sequence[Item]):
 
     @property
     def examples(self) -> list[Item]:
-        """The first row with every context: what they have in common shows here already."""
-        return self[: len(self.contexts)]
+        """The rows that have least in common, with every context: enough to see who shares what."""
+        count = len(self.contexts)
+        return [item for row in self.apart for item in self[row * count : (row + 1) * count]]
 
 
 def render_splits(config: Run, renderer: Renderer) -> tuple[dict[str, Sequence[Item]], list[str]]:
@@ -113,6 +117,7 @@ def render_pool(
     most = max(len(renderer.encode(c.system + c.user_template)) for c in contexts)
     kept: list[Row] = []
     dropped: list[str] = []
+    own: list[tuple[int, ...]] = []
     for task, game in rows:
         bare = renderer.encode(renderer.text(task.messages, renderer.config.student_thinking))
         is_near = len(bare) + most + MARGIN_TOKENS > renderer.max_prompt_tokens
@@ -120,18 +125,30 @@ def render_pool(
             for context in contexts if is_near else ():
                 renderer.pair(task, context)
             kept.append((task, game))
+            own.append(bare)
         except OverLongError:
             if renderer.config.over_long == "error":
                 raise
             dropped.append(task.id)
     check_some_fit(renderer, len(kept), len(dropped))
-    return Pool(renderer, kept, contexts), dropped
+    places = range(len(own))
+    apart = {min(places, key=own.__getitem__), max(places, key=own.__getitem__)}
+    return Pool(renderer, kept, contexts, tuple(sorted(apart))), dropped
 
 
 def pairs_of(items: Mapping[str, Sequence[Item]]) -> list[PromptPair]:
     """The prompts of all splits; of a pool, its examples."""
     known = [split.examples if isinstance(split, Pool) else split for split in items.values()]
     return [item.pair for split in known for item in split]
+
+
+def weights_of(items: Mapping[str, Sequence[Item]]) -> list[float]:
+    """How many prompts each of `pairs_of` stands for."""
+    found: list[float] = []
+    for split in items.values():
+        examples = split.examples if isinstance(split, Pool) else split
+        found += [len(split) / len(examples)] * len(examples)
+    return found
 
 
 def load_rows(config: Run, notes: list[str]) -> dict[str, list[Row]]:

@@ -1,5 +1,6 @@
 """What was learned from experience as tables for a terminal."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
@@ -9,8 +10,10 @@ from opcd.glossary import metric_name
 from opcd.tables import Grid, cell, is_share
 from opcd.traces import Trace
 
-SHOWN = ("correct", "valid", "turns", "invalid_moves", "response_tokens")
+SHOWN = ("correct", "valid", "turns", "invalid_moves", "response_tokens", "truncated")
 """Metrics of the table, as far as the rows have them."""
+SHORT = {"response_tokens": "tokens", "invalid_moves": "invalid"}
+"""Their headings, where the usual ones would not fit beside the others in 80 columns."""
 
 
 def count_traces(traces: Sequence[Sequence[Trace]]) -> list[dict[str, Any]]:
@@ -22,6 +25,7 @@ def count_traces(traces: Sequence[Sequence[Trace]]) -> list[dict[str, Any]]:
             {
                 "": f"seed {seed}",
                 "traces": len(own),
+                "cut at the token limit": sum(trace.cut for trace in own),
                 "outcome known": len(known),
                 "mean outcome": f"{sum(known) / len(known):.2f}" if known else "-",
             }
@@ -35,7 +39,7 @@ def count_answers(answers: Sequence[Sequence[Answer]]) -> list[dict[str, Any]]:
         {
             "answers": len(own),
             "too long to ask": sum(bool(answer.skipped) for answer in own),
-            "cut": sum(not answer.finished for answer in own),
+            "cut answers": sum(not answer.finished for answer in own),
             "items": sum(len(answer.items) for answer in own),
             "malformed": sum(answer.malformed for answer in own),
         }
@@ -55,20 +59,42 @@ def count_items(found: Sequence[Accumulation]) -> list[dict[str, Any]]:
     ]
 
 
+def gathered_words(
+    traces: Sequence[Sequence[Trace]],
+    answers: Sequence[Sequence[Answer]],
+    found: Sequence[Accumulation],
+) -> list[str]:
+    """What all accumulations of a round made of their traces, nothing left out."""
+    solved, written = [t for own in traces for t in own], [a for own in answers for a in own]
+    known = [trace.outcome for trace in solved if trace.outcome is not None]
+    went = f", mean outcome {sum(known) / len(known):.2f} of {len(known)} known" if known else ""
+    fates = sum((grown.counts for grown in found), Counter[str]())
+    became = ", ".join(f"{fates[n]} {n}" for n in ("kept", *get_args(Reason)) if fates[n])
+    cut = sum(trace.cut for trace in solved)
+    return [
+        f"{_count(len(solved), 'trace')}{went}; {cut} cut at the token limit",
+        f"{_count(len(written), 'answer')} about them: "
+        f"{_count(sum(len(a.items) for a in written), 'item')}, "
+        f"{_count(sum(a.malformed for a in written), 'malformed piece')}; "
+        f"{sum(not a.finished for a in written)} cut at the token limit",
+        f"items: {became or 'none'}",
+    ]
+
+
 def rounds_grid(rounds: Sequence[Mapping[str, Any]]) -> Grid:
     """All conditions of all rounds; the first metric with its 95 % intervals."""
     measured = [one for one in rounds if one["conditions"]]
     known = {name for one in measured for table in one["conditions"].values() for name in table}
     metrics = [name for name in SHOWN if name in known]
     if "correct" not in known:
-        metrics += sorted(known - {*metrics, "agreement", "truncated", "kl_nats_per_token"})
+        metrics += sorted(known - {*metrics, "agreement", "kl_nats_per_token"})
     rows = [
         ["" if place else str(one["round"]), name, *_cells(metrics, table)]
         for one in measured
         for place, (name, table) in enumerate(one["conditions"].items())
     ]
     count = measured[0]["rows"] if measured else 0
-    names = [metric_name(metric).removeprefix("answer length, ") for metric in metrics]
+    names = [SHORT.get(metric, metric_name(metric)) for metric in metrics]
     return Grid(f"{count} test rows, by round", ["round", "condition", *names], rows)
 
 
@@ -91,7 +117,12 @@ def learned_lines(found: Mapping[str, Any]) -> list[str]:
         lines += [name + verdict] if verdict else []
         lines += paired_words(one["paired"], name)
         lines += [name + note for note in one.get("notes", ())]
-    return [*lines, *paired_words(found["paired"])]
+    # Of one round alone, these repeat what is said of it above.
+    return [*lines, *(paired_words(found["paired"]) if len(found["rounds"]) > 1 else [])]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _cells(metrics: Sequence[str], table: Mapping[str, Any]) -> list[str]:

@@ -52,7 +52,13 @@ def last_box(text: str) -> str | None:
     return None
 
 
+def plain_minus(text: str) -> str:
+    """The text with the minus that typesetters write (U+2212) as the one of a keyboard."""
+    return text.replace("\u2212", "-")
+
+
 def _parse(verifier: Any, text: str) -> list[Any]:
-    joined = re.sub(rf"(?<=\d)(?:{THIN_SPACE.pattern})(?=\d{{3}}(?!\d))", "", text)
+    plain = plain_minus(text)
+    joined = re.sub(rf"(?<=\d)(?:{THIN_SPACE.pattern})(?=\d{{3}}(?!\d))", "", plain)
     # Without a fallback to plain text, which would take any box for an expression.
     return verifier.parse(THIN_SPACE.sub(" ", joined), fallback_mode="no_fallback")

@@ -4,9 +4,9 @@ Knows how to get hidden states and logits out of any transformers causal model; 
 prompts, teachers' kinds or optimisers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft.helpers import disable_input_dtype_casting
@@ -15,13 +15,15 @@ from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import DynamicCache
 
-from opcd.adapters import causal_model
+from opcd.adapters import causal_model, in_shards
 from opcd.batching import WIDTH_STEP, Batch, Side
 from opcd.chunking import Head, chunked_stats
 from opcd.config.training import Loss
 from opcd.divergence import TokenStats
 from opcd.errors import ModelError
 from opcd.products import can_pack, frozen_product, pack
+
+T = TypeVar("T")
 
 PROBES = (
     "The quick brown fox, 1,234.50 EUR - naïve café?\n",
@@ -59,6 +61,10 @@ class Distiller(nn.Module):
         own_head = output_head(self.student)
         return chunked_stats(student_TD, own_head, teacher_TD, head, batch.response_T, loss)
 
+    def run(self, work: Callable[[], T]) -> T:
+        """Do other work with the student where its parameters are as whole as in `forward`."""
+        return work()
+
 
 def hidden_states(model: Any, side: Side) -> Tensor:
     """The hidden states that predict the response tokens, `hidden_TD`; no head is run.
@@ -66,7 +72,6 @@ def hidden_states(model: Any, side: Side) -> Tensor:
     An opening that all rows share, such as a chat template's own system message, is read once for
     all of them, and gets its gradient from all of them (`prefix_cache` has none to give).
     """
-    assert side.prefix_tokens == 0, "a prefix of the whole run is read by prefix_cache"
     decoder = causal_model(model).get_decoder()
     on_cpu, length = side.ids_BS.device.type == "cpu", side.ids_BS.shape[1]
     recomputed = getattr(decoder, "gradient_checkpointing", False)
@@ -74,7 +79,9 @@ def hidden_states(model: Any, side: Side) -> Tensor:
     # Checkpointed layers run again in the backward pass, when the choice has been taken back.
     short = length <= PLAIN_ATTENTION_TOKENS
     plain = on_cpu and torch.is_grad_enabled() and short and not recomputed
-    shared = 0 if recomputed or why_no_prefix(model) else shared_opening(side)
+    # Weights in shards are put together once a pass, by all processes alike, whatever they read.
+    once = recomputed or why_no_prefix(model) or in_shards(model)
+    shared = 0 if once else shared_opening(side)
     with attention(model, "eager") if plain else nullcontext():
         if not shared:
             return side.take(decoder(input_ids=side.ids_BS, use_cache=False).last_hidden_state)

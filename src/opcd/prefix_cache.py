@@ -1,9 +1,9 @@
-"""The context that all teacher prompts begin with, read once.
+"""Openings that prompts share, read once: keys and values that a whole batch attends to.
 
-The keys and values of the shared prefix exist once, whatever the batch. Attention over it folds
-the whole batch into the queries (one large product that reads the prefix once), attention over a
+The keys and values of an opening exist once, whatever the batch. Attention over it folds the rows
+behind it into the queries (one large product that reads the opening once), attention over a
 row's own tokens is as usual, and the two are merged by their log-sum-exp: the softmax over both
-parts is exact, nothing is approximated.
+parts is exact, nothing is approximated. Rows of one batch may stand behind different openings.
 
     out = w out_prefix + (1 - w) out_own,   w = 1 / (1 + exp(lse_own - lse_prefix))
 """
@@ -23,6 +23,8 @@ SCORES_AT_ONCE = 2**24
 """Attention scores over the prefix that exist at one time."""
 PREFILL_TOKENS = 1024
 """Prefix tokens read in one forward pass."""
+FUSED_TOKENS = 256
+"""Own tokens of a row from which their scores take more memory than they save time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,61 +43,120 @@ class SharedPrefix:
     @property
     def bytes(self) -> int:
         """Memory the prefix takes."""
-        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+        return sum(t.numel() * t.element_size() for t in self.sides)
+
+    @property
+    def sides(self) -> tuple[Tensor, ...]:
+        """The keys of all layers, then their values."""
+        return self.keys + self.values
 
 
 @torch.no_grad()
 def read_prefix(model: Any, ids: Sequence[int]) -> SharedPrefix:
-    """Read a prefix with the model's weights of this moment."""
+    """Read a prefix with the model's weights of this moment.
+
+    In pieces, each behind those before it, so that neither scores nor a mask of `[P, P]` exist.
+    """
     decoder = causal_model(model).get_decoder()
-    device = next(decoder.parameters()).device
-    cache = DynamicCache(config=causal_model(model).config)
-    for part_P in torch.tensor(ids, device=device).split(PREFILL_TOKENS):
-        decoder(input_ids=part_P.unsqueeze(0), past_key_values=cache, use_cache=True)
-    return keep_prefix(model, cache, ids)
+    whole: list[Tensor] = []
+    done = 0
+    for part_P in torch.tensor(ids, device=next(decoder.parameters()).device).split(PREFILL_TOKENS):
+        cache, part_1P = DynamicCache(config=causal_model(model).config), part_P.unsqueeze(0)
+        if done:
+            forward_after_prefix(model, [_prefix_of(whole, ids[:done])], part_1P, cache=cache)
+        else:
+            decoder(input_ids=part_1P, past_key_values=cache, use_cache=True)
+        new = keep_prefix(model, cache, ids[done : done + len(part_P)])
+        if len(ids) == new.tokens:
+            return new
+        whole = whole or [side_hPd.new_empty(_longer(side_hPd, len(ids))) for side_hPd in new.sides]
+        for whole_hPd, new_hPd in zip(whole, new.sides, strict=True):
+            whole_hPd[:, done : done + len(part_P)] = new_hPd
+        done += len(part_P)
+    return _prefix_of(whole, ids)
+
+
+def _longer(side_hPd: Tensor, tokens: int) -> tuple[int, int, int]:
+    heads, _, width = side_hPd.shape
+    return heads, tokens, width
+
+
+def _prefix_of(sides: Sequence[Tensor], ids: Sequence[int]) -> SharedPrefix:
+    """Keys and values of all layers as a prefix that has only its first tokens yet."""
+    own = tuple(side_hPd[:, : len(ids)] for side_hPd in sides)
+    return SharedPrefix(own[: len(own) // 2], own[len(own) // 2 :], tuple(ids))
 
 
 def keep_prefix(model: Any, cache: DynamicCache, ids: Sequence[int]) -> SharedPrefix:
     """The keys and values that a model left in the cache of one row, in the dtype to attend in."""
-    # Under autocast the cache keeps float32, which attention would turn into bfloat16 every time. A
-    # CPU's fused kernel, though, takes half as long again in bfloat16.
-    dtype, read = compute_dtype(model), cast(Any, cache.layers)
-    if read[0].keys.device.type == "cpu":
-        dtype = torch.promote_types(dtype, torch.float32)
+    read = cast(Any, cache.layers)
+    dtype = kept_dtype(model)
     layers = [(layer.keys[0].to(dtype), layer.values[0].to(dtype)) for layer in read]
     return SharedPrefix(*(tuple(part) for part in zip(*layers, strict=True)), ids=tuple(ids))
 
 
+def kept_dtype(model: Any) -> torch.dtype:
+    """The dtype of a prefix's keys and values."""
+    # Under autocast the cache keeps float32, which attention would turn into bfloat16 every time. A
+    # CPU's fused kernel, though, takes half as long again in bfloat16.
+    dtype, device = compute_dtype(model), next(model.parameters()).device
+    return torch.promote_types(dtype, torch.float32) if device.type == "cpu" else dtype
+
+
+def token_bytes(model: Any) -> int:
+    """Memory that the keys and values of one token of a prefix take."""
+    config = causal_model(model).config.get_text_config()
+    heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * config.num_hidden_layers * key_heads * width * kept_dtype(model).itemsize
+
+
 def forward_after_prefix(
     model: Any,
-    prefix: SharedPrefix,
+    prefixes: Sequence[SharedPrefix],
     ids_BS: Tensor,
     mask_BS: Tensor | None = None,
     cache: DynamicCache | None = None,
 ) -> Tensor:
-    """Hidden states `_BSD` of tokens that all come after the same prefix.
+    """Hidden states `_BSD` of tokens that come after prefixes that were read before.
 
     Args:
-        model: the model that read the prefix, with the same weights.
-        prefix: the shared prefix.
+        model: the model that read the prefixes, with the same weights.
+        prefixes: each row's; neighbours with the same one attend to it together.
         ids_BS: each row's own tokens. With `cache`, those after what is in it.
         mask_BS: 1 at real tokens, over the cached and the new ones; needed with left padding.
         cache: holds the rows' own keys and values, and grows.
     """
     decoder = causal_model(model).get_decoder()
     old = cache.get_seq_length() if cache is not None else 0
+    # A piece of a prefix attends to itself by the CPU's fused kernel: no scores, no mask.
+    is_piece = mask_BS is None and not old and ids_BS.shape[1] >= FUSED_TOKENS
+    is_fused = is_piece and ids_BS.device.type == "cpu"
     if mask_BS is None:
         mask_BS = torch.ones(len(ids_BS), old + ids_BS.shape[1], device=ids_BS.device)
-    positions_BS = (mask_BS.long().cumsum(-1) - 1).clamp(min=0)[:, old:] + prefix.tokens
+    before_B1 = torch.tensor([prefix.tokens for prefix in prefixes], device=ids_BS.device)[:, None]
+    positions_BS = (mask_BS.long().cumsum(-1) - 1).clamp(min=0)[:, old:] + before_B1
     with attention(model, "opcd_cascade"):
         return decoder(
             input_ids=ids_BS,
-            attention_mask=_own_mask(mask_BS, ids_BS.shape[1]),
+            attention_mask=None if is_fused else _own_mask(mask_BS, ids_BS.shape[1]),
             position_ids=positions_BS,
             past_key_values=cache,
             use_cache=cache is not None,
-            shared_prefix=prefix,
+            shared_prefixes=_blocks(prefixes),
         ).last_hidden_state
+
+
+def _blocks(prefixes: Sequence[SharedPrefix]) -> list[tuple[slice, SharedPrefix]]:
+    """Neighbouring rows with the same prefix."""
+    found: list[tuple[slice, SharedPrefix]] = []
+    for row, prefix in enumerate(prefixes):
+        if found and found[-1][1] is prefix:
+            found[-1] = slice(found[-1][0].start, row + 1), prefix
+        else:
+            found.append((slice(row, row + 1), prefix))
+    return found
 
 
 def cascade_attention(
@@ -103,12 +164,12 @@ def cascade_attention(
     query_BHSd: Tensor,
     key_BhSd: Tensor,
     value_BhSd: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     scaling: float,
-    shared_prefix: SharedPrefix,
+    shared_prefixes: Sequence[tuple[slice, SharedPrefix]],
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over a shared prefix and over each row's own tokens, merged exactly.
+    """Attention over shared prefixes and over each row's own tokens, merged exactly.
 
     `H` query heads share `h` key heads; `d` is the width of a head. Registered with transformers
     as `opcd_cascade`; returns `[B, S, H, d]` as its attention functions do.
@@ -118,14 +179,18 @@ def cascade_attention(
     # Under autocast rotary embeddings leave queries and keys in float32 beside bfloat16 values.
     dtype = value_BhSd.dtype
     query_BhGd = query_BHSd.to(dtype).reshape(batch, key_heads, -1, width) * scaling
-    folded_hNd = query_BhGd.transpose(0, 1).reshape(key_heads, -1, width)
-    keys, values = (side[module.layer_idx] for side in (shared_prefix.keys, shared_prefix.values))
-    out_hNd, lse_hN = _attend_prefix(folded_hNd.to(keys.dtype), keys, values)
     own_BhGd, own_lse_BhG = _attend_own(query_BhGd, key_BhSd.to(dtype), value_BhSd, attention_mask)
-    out_BhGd = out_hNd.to(dtype).view(key_heads, batch, -1, width).transpose(0, 1)
-    lse_BhG = lse_hN.view(key_heads, batch, -1).transpose(0, 1)
-    weight_BhG1 = torch.sigmoid(lse_BhG - own_lse_BhG).unsqueeze(-1).to(dtype)
-    merged_BhGd = torch.lerp(own_BhGd, out_BhGd, weight_BhG1)
+    merged = []
+    for rows, prefix in shared_prefixes:
+        keys, values = (side[module.layer_idx] for side in (prefix.keys, prefix.values))
+        folded_hNd = query_BhGd[rows].transpose(0, 1).reshape(key_heads, -1, width)
+        out_hNd, lse_hN = _attend_prefix(folded_hNd.to(keys.dtype), keys, values)
+        count = rows.stop - rows.start
+        out_BhGd = out_hNd.to(dtype).view(key_heads, count, -1, width).transpose(0, 1)
+        lse_BhG = lse_hN.view(key_heads, count, -1).transpose(0, 1)
+        weight_BhG1 = torch.sigmoid(lse_BhG - own_lse_BhG[rows]).unsqueeze(-1).to(dtype)
+        merged.append(torch.lerp(own_BhGd[rows], out_BhGd, weight_BhG1))
+    merged_BhGd = merged[0] if len(merged) == 1 else torch.cat(merged)
     return merged_BhGd.reshape(batch, heads, length, width).transpose(1, 2), None
 
 
@@ -149,8 +214,10 @@ def _attend_prefix(query_hNd: Tensor, key_hPd: Tensor, value_hPd: Tensor) -> tup
 
 
 def _attend_own(
-    query_BhGd: Tensor, key_BhSd: Tensor, value_BhSd: Tensor, mask_B1qS: Tensor
+    query_BhGd: Tensor, key_BhSd: Tensor, value_BhSd: Tensor, mask_B1qS: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    if mask_B1qS is None:
+        return _attend_own_fused(query_BhGd, key_BhSd, value_BhSd)
     scores_BhGS = (query_BhGd @ key_BhSd.transpose(2, 3)).float()
     groups = query_BhGd.shape[2] // mask_B1qS.shape[2]
     scores_BhGS += mask_B1qS.repeat(1, 1, groups, 1)
@@ -158,6 +225,20 @@ def _attend_own(
     weights_BhGS = scores_BhGS.softmax(-1)
     lse_BhG = scores_BhGS.amax(-1) - weights_BhGS.amax(-1).log()
     return weights_BhGS.to(value_BhSd.dtype) @ value_BhSd, lse_BhG
+
+
+def _attend_own_fused(
+    query_BhGd: Tensor, key_BhSd: Tensor, value_BhSd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same for rows without padding and without a cache, of which only causality is asked."""
+    batch, key_heads, length, width = key_BhSd.shape
+    query_BHSd = query_BhGd.reshape(batch, -1, length, width)
+    groups = query_BHSd.shape[1] // key_heads
+    key_BHSd, value_BHSd = (s.repeat_interleave(groups, 1) for s in (key_BhSd, value_BhSd))
+    out_BHSd, lse_BHS = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query_BHSd, key_BHSd, value_BHSd, is_causal=True, scale=1.0
+    )
+    return out_BHSd.reshape(query_BhGd.shape), lse_BHS.reshape(query_BhGd.shape[:-1])
 
 
 def _own_mask(mask_BS: Tensor, queries: int) -> Tensor:

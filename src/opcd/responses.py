@@ -9,7 +9,7 @@ from opcd.assembly import Parts
 from opcd.chunking import chunked_stats
 from opcd.coaching import coach_items
 from opcd.config.training import Loss
-from opcd.distill import batch_of, cut_portions
+from opcd.distill import batch_of, cut_portions, portions_of
 from opcd.divergence import TokenStats
 from opcd.drawing import answer, name_episodes, play, turns_of
 from opcd.envs.episodes import Episode
@@ -154,9 +154,11 @@ def score(
 ) -> Iterator[tuple[list[Answered], TokenStats]]:
     """Statistics of each response token against its teacher, portion by portion."""
     parts.distiller.eval()
-    for portion in cut_portions(answered, parts.config.batch.rows_per_forward):
-        teacher, batch = batch_of(parts, portion)
-        yield portion, parts.distiller(batch, teacher.hidden(batch.teacher), teacher.head, loss)
+    for portion in portions_of(parts, answered):
+        teacher, batch = batch_of(parts, portion.answered, portion.origin)
+        stats = parts.distiller(batch, teacher.hidden(batch.teacher), teacher.head, loss)
+        if portion.counts:
+            yield portion.answered, stats
 
 
 @torch.no_grad()

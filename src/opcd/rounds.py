@@ -24,6 +24,7 @@ from opcd.gathering import (
     open_round,
     skipped_notes,
 )
+from opcd.learning_tables import gathered_words
 from opcd.runs import RoundFolder, RunFolder, make_folder, read_jsonl, round_folder, write_json
 from opcd.selection import Selection, select
 from opcd.traces import Trace, read_traces
@@ -83,8 +84,9 @@ def gather_round(run: Run, number: int, say: Say) -> Gathering:
     round_ = begin_round(run, number, say)
     traces = traces_of(run, round_)
     answers = extract(round_, traces)
-    accumulate(round_, traces, answers)
-    for note in (*round_.notes, *skipped_notes(answers)):
+    found = accumulate(round_, traces, answers)
+    words = gathered_words(traces, answers, found)
+    for note in (*words, *round_.notes, *skipped_notes(answers)):
         say(note)
     return round_
 
@@ -125,12 +127,16 @@ def consolidate_round(run: Run, number: int, say: Say) -> dict[str, Any]:
         NothingLearnedError: no experience helps.
     """
     selected: dict[str, Any] = {}
+    folder = round_folder(run, number)
     if check_experience(run).use == "selected":
         selected = dict(select_round(run, number, say).table)
         del selected["candidates"], selected["rows"]
+        say(f"{folder.growth}: the score by the number of items")
+        if folder.selected.is_file():
+            say(f"chosen: {selected['verdict']}")
     else:
         gather_round(run, number, say)
-    found = consolidate(run_of_round(run, number, say), number, round_folder(run, number), say)
+    found = consolidate(run_of_round(run, number, say), number, folder, say)
     return {**found, "selected": selected}
 
 

@@ -293,9 +293,10 @@ def open_run(path: str | Path) -> tuple[RunFolder, Run]:
     """
     folder = RunFolder(Path(path))
     if not folder.config.is_file():
-        raise RunFolderError(
-            f"{folder.path} is not a run: it has no config.json; give a folder that opcd train made"
-        )
+        way = "give a folder that opcd train made"
+        if folder.rounds.is_dir():
+            way = f"its rounds are trained in runs of their own: give {folder.path}-round-1"
+        raise RunFolderError(f"{folder.path} is not a run: it has no config.json; {way}")
     return folder, load_config(folder.config)
 
 

@@ -98,7 +98,7 @@ def accumulate(parts: Parts, tuned: Any, answered: Sequence[Answered]) -> float:
     sum_nats = 0.0
     for portion in cut_portions(answered, parts.config.batch.rows_per_forward):
         pairs, rollouts = [a.pair for a in portion], [a.rollout for a in portion]
-        batch = collate(pairs, rollouts, teacher.prefix_tokens).to(parts.accelerator.device)
+        batch = collate(pairs, rollouts).to(parts.accelerator.device)
         stats = chunked_stats(
             hidden_behind(tuned, batch.student),
             output_head(tuned),
@@ -146,7 +146,9 @@ def respond_behind(
     for start in range(0, len(items), rows):
         part = items[start : start + rows]
         prompts = [prompt_of(parts.config, item.pair, with_context=False) for item in part]
-        rollouts = decode(causal_model(tuned), prompts, Sampling(), end_ids, prefix)
+        rollouts = decode(
+            causal_model(tuned), prompts, Sampling(), end_ids, [prefix] * len(prompts)
+        )
         for item, rollout in zip(part, rollouts, strict=True):
             found.append(grade(parts, item, Answered(item.pair, rollout)))
     return found

@@ -148,7 +148,8 @@ def _answer(parts: Parts, experience: Experience, items: Sequence[Item]) -> list
 def _trace_of_answer(task: Task, response: Response, kind: str) -> Trace:
     outcome = response.score.metrics.get("correct")
     told = feedback_on(task, outcome, kind)
-    return Trace(task.id, task.messages, response.text, outcome=outcome, feedback=told)
+    cut = not response.answered.rollout.finished
+    return Trace(task.id, task.messages, response.text, outcome=outcome, feedback=told, cut=cut)
 
 
 def _play(parts: Parts, experience: Experience, items: Sequence[Item]) -> list[Trace]:
@@ -165,4 +166,5 @@ def _trace_of_game(episode: Episode, kind: str) -> Trace:
     turns = tuple(Turn(turn.task.messages, turn.reply) for turn in episode.turns)
     told = episode.feedback if kind != "none" else ""
     last = turns[-1]
-    return Trace(episode.id, last.prompt, last.response, "", turns, episode.outcome, told)
+    cut = not all(turn.rollout.finished for turn in episode.turns)
+    return Trace(episode.id, last.prompt, last.response, "", turns, episode.outcome, told, cut=cut)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 
 
 class Tally:
@@ -21,6 +22,8 @@ class Tally:
         self.seconds: dict[str, float] = dict.fromkeys(
             ("wall_s", "rollout_s", "teacher_s", "train_s"), 0.0
         )
+        self.peak_bytes = 0
+        """The most memory that a process has held, when the sums were last gathered."""
         self._gathered: set[str] = set()
 
     def add(self, name: str, value: float) -> None:
@@ -42,10 +45,17 @@ class Tally:
 
     def gather(self, accelerator: Any) -> None:
         """Turn the sums that are still this process's own into sums over all processes."""
-        names = sorted(self.sums.keys() - self._gathered)
-        own = torch.tensor([self.sums[n] for n in names], device=accelerator.device)
+        # A process that had no anchor, say, has counted nothing of the kind.
+        known = set(self.sums)
+        if accelerator.num_processes > 1:
+            known = set(gather_object(sorted(self.sums)))
+        names = sorted(known - self._gathered)
+        own = torch.tensor([self.sums.get(n, 0.0) for n in names], device=accelerator.device)
         self.sums |= zip(names, accelerator.reduce(own, "sum").tolist(), strict=True)
         self._gathered |= set(names)
+        self.peak_bytes = peak_bytes()
+        if accelerator.num_processes > 1:
+            self.peak_bytes = max(gather_object([self.peak_bytes]))
 
 
 def release_memory() -> None:

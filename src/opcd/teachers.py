@@ -6,16 +6,19 @@
     refresh       a snapshot of the student, renewed every so many steps
     live          the student itself
 
-Only the first two stand still, so only they can read a shared context once.
+Only the first two stand still, so only they can read a shared context once for the whole run; the
+others read it once for each batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from opcd.adapters import adapter_off, trainable
 from opcd.batching import Side
@@ -24,10 +27,15 @@ from opcd.config import training
 from opcd.divergence import divergence
 from opcd.errors import ConfigError
 from opcd.models import compute_dtype, hidden_states, output_head, why_no_prefix
+from opcd.openings import Ids, Openings, find_openings, in_passes
 from opcd.prefix_cache import SharedPrefix, forward_after_prefix, read_prefix
+from opcd.prefix_store import PREFIX_BYTES, PrefixStore
+from opcd.sharding import give, own_part, whole
 
 MAX_PREFIX_KL_NATS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """How far the cached pass may be from the uncached one before it is not used."""
+WHOLE_TOKENS = 2**15
+"""Tokens of rows without a shared opening that are read together, or one row if that has more."""
 
 
 class Teacher(Protocol):
@@ -36,16 +44,8 @@ class Teacher(Protocol):
     head: Head
     moves: bool
 
-    @property
-    def prefix_tokens(self) -> int:
-        """Tokens at the head of every prompt that it has read already."""
-        ...
-
     def hidden(self, side: Side) -> Tensor:
-        """`hidden_TD` at the response positions, without gradient.
-
-        A side is cut by `prefix_tokens`, or by nothing.
-        """
+        """`hidden_TD` at the response positions, without gradient."""
         ...
 
     def after_step(self, step: int) -> None:
@@ -72,6 +72,10 @@ class Shadow:
 
     def __post_init__(self) -> None:
         """Start from the student's first weights."""
+        self.start()
+
+    def start(self) -> None:
+        """Take the student's weights as they are now, in shards if they are."""
         self.weights = {name: p.detach().clone() for name, p in trainable(self.model).items()}
 
     @contextmanager
@@ -87,11 +91,19 @@ class Shadow:
     def after_step(self, step: int) -> None:
         """Follow the student."""
         for name, live in trainable(self.model).items():
-            self.follow(step, self.weights[name], live.detach())
+            self.follow(step, own_part(self.weights[name]), own_part(live.detach()))
 
+    @torch.no_grad()
     def _swap(self) -> None:
         for name, live in trainable(self.model).items():
-            live.data, self.weights[name] = self.weights[name], live.data
+            if not isinstance(live, DTensor):
+                live.data, self.weights[name] = self.weights[name], live.data
+                continue
+            # FSDP2 puts a weight together from the memory that its shard was given at first.
+            ours, theirs = own_part(live), own_part(self.weights[name])
+            kept = ours.clone()
+            ours.copy_(theirs)
+            theirs.copy_(kept)
 
 
 @dataclass
@@ -103,11 +115,21 @@ class LocalTeacher:
     autocast: Callable[[], AbstractContextManager[Any, Any]]
     moves: bool = False
     shadow: Shadow | None = None
-    prefix: SharedPrefix | None = None
+    prefix_bytes: int = PREFIX_BYTES
+    inside: Callable[[Callable[[], Tensor]], Tensor] | None = None
+    """Does work where the model's weights are whole, if they are in shards."""
     head: Head = field(init=False)
+    openings: Openings = field(init=False, default_factory=Openings)
+    """Those of the run's prompts, each read when it is first needed and kept."""
+    prefixes: PrefixStore = field(init=False)
+    """What it has read of them."""
+    whole: str | None = None
+    """Why every prompt is read in full; `None` where none has to be."""
 
     def __post_init__(self) -> None:
         """Take the head once; where it is trained, with the teacher's weights in place."""
+        self.whole = why_no_prefix(self.model)
+        self.prefixes = PrefixStore(self.model, self._read, self.prefix_bytes)
         head = output_head(self.model)
 
         def own_head(hidden_CD: Tensor) -> Tensor:
@@ -117,42 +139,82 @@ class LocalTeacher:
         trained = any(p.requires_grad for p in self.model.get_output_embeddings().parameters())
         self.head = own_head if trained else head
 
-    @property
-    def prefix_tokens(self) -> int:
-        """Tokens at the head of every prompt that it has read already."""
-        return self.prefix.tokens if self.prefix else 0
-
     @torch.no_grad()
     def hidden(self, side: Side) -> Tensor:
-        """`hidden_TD` at the response positions, without gradient."""
-        with self._ready():
-            if side.prefix_tokens == 0:
-                return hidden_states(self.model, side)
-            assert self.prefix and side.prefix_tokens == self.prefix.tokens, "another prefix"
-            return side.take(forward_after_prefix(self.model, self.prefix, side.ids_BS))
+        """`hidden_TD` at the response positions, without gradient.
 
-    def share_prefix(self, ids: Sequence[int], probe: Sequence[int]) -> str | None:
-        """Read the context that all prompts begin with, once and for all.
+        Rows that open alike are read behind one copy of their opening, the others in full.
+        """
+        if self.inside:
+            with self._ready():
+                return self.inside(partial(self._at_one_go, side))
+        prompts = side.prompts()
+        cuts = [0] * len(prompts) if self.whole else self._cuts(prompts)
+        if not any(cuts) and side.ids_BS.numel() <= WHOLE_TOKENS:
+            with self._ready():
+                return hidden_states(self.model, side)
+        openings = [ids[:cut] for ids, cut in zip(prompts, cuts, strict=True)]
+        order = sorted(range(len(prompts)), key=lambda row: (openings[row], len(prompts[row])))
+        most_whole = max(1, WHOLE_TOKENS // side.ids_BS.shape[1])
+        parts, places = [], []
+        with self._ready():
+            most = (len(prompts), self.prefixes.most_tokens, most_whole)
+            for part in in_passes([openings[row] for row in order], *most):
+                rows = [order[place] for place in part]
+                own, place_T = side.part(rows, [cuts[row] for row in rows])
+                parts.append(self._behind([openings[row] for row in rows], own))
+                places.append(place_T)
+        hidden_TD = torch.cat(parts)
+        return hidden_TD[torch.cat(places).argsort()]
+
+    def share(self, openings: Openings, probe: Ids) -> str | None:
+        """Read what a run's prompts share once and for all, each when it is first needed.
 
         Args:
-            ids: the tokens shared by all teacher prompts.
-            probe: some prompt's tokens after them, on which cached and uncached are compared.
+            openings: of all prompts of the run.
+            probe: a prompt that has one, on which cached and uncached are compared.
 
         Returns:
             The reason why the prompts are read in full all the same; `None` if they are not.
         """
         if self.moves:
             return "the teacher's weights move"
-        if reason := why_no_prefix(self.model):
-            return reason
+        if self.whole:
+            return self.whole
+        cut = openings.of(probe)
         with self._ready(), torch.no_grad():
-            prefix = read_prefix(self.model, ids)
-            kl_nats = self._prefix_error(prefix, probe)
+            kl_nats = self._prefix_error(self.prefixes.get(probe[:cut]), probe[cut:])
             allowed_nats = MAX_PREFIX_KL_NATS.get(compute_dtype(self.model), 2e-2)
         if not kl_nats <= allowed_nats:
-            return f"reading it once is {kl_nats:.2g} nats away from reading it every time"
-        self.prefix = prefix
+            self.prefixes.clear()
+            self.whole = f"reading it once is {kl_nats:.2g} nats away from reading it every time"
+            return self.whole
+        self.openings = openings
         return None
+
+    def go_inside(self, inside: Callable[[Callable[[], Tensor]], Tensor]) -> None:
+        """Take note that the weights are about to be cut, and are whole only within `inside`.
+
+        Passes over them are from then on one for each batch, as in all processes. So what fits of
+        the run's openings is read now, and nothing afterwards.
+        """
+        room = self.prefixes.most_tokens
+        for ids in () if self.whole else self.openings.known:
+            room -= len(ids)
+            if room >= 0:
+                self.prefixes.get(ids)
+        self.inside = inside
+
+    def _at_one_go(self, side: Side) -> Tensor:
+        """`hidden_TD` in one pass: behind openings that are all known, or in full."""
+        prompts = side.prompts()
+        openings = [ids[: self.openings.of(ids)] for ids in prompts]
+        if not all(ids in self.prefixes for ids in openings):
+            return hidden_states(self.model, side)
+        own, place_T = side.part(list(range(len(prompts))), [len(ids) for ids in openings])
+        prefixes = [self.prefixes.get(ids) for ids in openings]
+        hidden_TD = own.take(forward_after_prefix(self.model, prefixes, own.ids_BS))
+        return hidden_TD[place_T.argsort()]
 
     def after_step(self, step: int) -> None:
         """Take note that the student has moved."""
@@ -161,13 +223,38 @@ class LocalTeacher:
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run has to give back."""
-        return dict(self.shadow.weights) if self.shadow else {}
+        shadows = self.shadow.weights if self.shadow else {}
+        return {name: whole(weight) for name, weight in shadows.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Continue from a saved state."""
         if self.shadow:
             for name, weight in self.shadow.weights.items():
-                weight.copy_(state[name])
+                give(weight, state[name])
+
+    def _cuts(self, prompts: Sequence[Ids]) -> list[int]:
+        """How many tokens of each are read once: of the run's openings, or the batch's own."""
+        cuts = [self.openings.of(ids) for ids in prompts]
+        rest = [row for row, cut in enumerate(cuts) if not cut]
+        for row, cut in zip(rest, find_openings([prompts[row] for row in rest]), strict=True):
+            cuts[row] = cut
+        return cuts
+
+    def _behind(self, openings: Sequence[Ids], own: Side) -> Tensor:
+        """`hidden_TD` of rows that all have an opening, or none."""
+        if not openings[0]:
+            return hidden_states(self.model, own)
+        # The batch's own openings are not kept: others will take their place, or the weights move.
+        read = {
+            ids: self.prefixes.get(ids) if ids in self.openings else read_prefix(self.model, ids)
+            for ids in dict.fromkeys(openings)
+        }
+        prefixes = [read[ids] for ids in openings]
+        return own.take(forward_after_prefix(self.model, prefixes, own.ids_BS))
+
+    def _read(self, ids: Ids) -> SharedPrefix:
+        with self._ready(), torch.no_grad():
+            return read_prefix(self.model, ids)
 
     def _prefix_error(self, prefix: SharedPrefix, probe: Sequence[int]) -> float:
         device = next(self.model.parameters()).device
@@ -177,7 +264,7 @@ class LocalTeacher:
             torch.arange(len(probe), device=device) + prefix.tokens,
         )
         own_1S = torch.tensor([list(probe)], device=device)
-        cached_TD = forward_after_prefix(self.model, prefix, own_1S)[0]
+        cached_TD = forward_after_prefix(self.model, [prefix], own_1S)[0]
         sides = (hidden_states(self.model, whole), cached_TD)
         log_probs = [self.head(side_TD).log_softmax(-1) for side_TD in sides]
         return divergence(log_probs[0], log_probs[1], "reverse_kl").max().item()
@@ -198,6 +285,7 @@ def build_teacher(
     student: Any,
     frozen: Any,
     autocast: Callable[[], AbstractContextManager[Any, Any]],
+    prefix_bytes: int = PREFIX_BYTES,
 ) -> LocalTeacher:
     """The teacher that a `[teacher]` table describes.
 
@@ -206,17 +294,19 @@ def build_teacher(
         student: the model in training.
         frozen: the other model, for `frozen`.
         autocast: the precision in which teachers run.
+        prefix_bytes: keys and values of shared openings that it may keep.
 
     Raises:
         ConfigError: the table describes a server, which this version does not speak to.
     """
     match config:
         case training.AdapterOff():
-            return LocalTeacher(student, lambda: adapter_off(student), autocast)
+            off = partial(adapter_off, student)
+            return LocalTeacher(student, off, autocast, prefix_bytes=prefix_bytes)
         case training.Frozen():
-            return LocalTeacher(frozen, nullcontext, autocast)
+            return LocalTeacher(frozen, nullcontext, autocast, prefix_bytes=prefix_bytes)
         case training.Live():
-            return LocalTeacher(student, nullcontext, autocast, moves=True)
+            return LocalTeacher(student, nullcontext, autocast, True, None, prefix_bytes)
         case training.Ema(decay=decay):
             shadow = Shadow(student, lambda _, mean, live: mean.lerp_(live, 1.0 - decay))
         case training.Refresh(every_steps=every):
@@ -226,7 +316,7 @@ def build_teacher(
                 "teacher.type = 'remote': this version trains with local teachers only; write "
                 'teacher.type = "adapter_off" or "frozen"'
             )
-    return LocalTeacher(student, shadow.in_place, autocast, moves=True, shadow=shadow)
+    return LocalTeacher(student, shadow.in_place, autocast, True, shadow, prefix_bytes)
 
 
 def _renew(step: int, every_steps: int, copy: Tensor, live: Tensor) -> None:

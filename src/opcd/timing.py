@@ -88,18 +88,18 @@ def time_conditions(
 @torch.no_grad()
 def time_batch(served: Served, rows: int, tokens: int) -> Timed:
     """Have one batch answered with exactly so many tokens a row, and take the times."""
-    model, prefix = served.model, served.prefix
+    model, prefixes = served.model, [served.prefix] * rows if served.prefix else ()
     plain, head = causal_model(model), output_head(model)
     ids_BS, mask_BS = pad_left(served.batch(rows), plain.device)
     cache = DynamicCache(config=plain.config)
     started = _now()
-    hidden_BD = advance(model, ids_BS, mask_BS, cache, prefix)
+    hidden_BD = advance(model, ids_BS, mask_BS, cache, prefixes)
     read = _now()
     written = [_likeliest(head(hidden_BD))]
     first = _now()
     for _ in range(tokens - 1):
         mask_BS = torch.cat([mask_BS, torch.ones_like(written[-1])], dim=-1)
-        written.append(_likeliest(head(advance(model, written[-1], mask_BS, cache, prefix))))
+        written.append(_likeliest(head(advance(model, written[-1], mask_BS, cache, prefixes))))
     last = _now()
     return Timed(
         prefill_s=read - started,

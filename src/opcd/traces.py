@@ -49,6 +49,8 @@ class Trace:
     """Which accumulation it belongs to; `None` in rows that others wrote."""
     step: int | None = None
     """Its place in there, from 1 on."""
+    cut: bool = False
+    """Whether the token limit ended a reply, as far as is known."""
 
 
 def append_traces(path: Path, traces: Iterable[Trace]) -> None:
@@ -125,6 +127,7 @@ def _row_of(trace: Trace) -> dict[str, Any]:
         "round": trace.round,
         "seed": trace.seed,
         "step": trace.step,
+        "cut": trace.cut,
     }
 
 
@@ -146,6 +149,7 @@ def _trace_of(row: Any, where: str, number: int) -> Trace:
         response=turn.response,
         turns=tuple(_turn_of(t, f"{where}, turn {n}") for n, t in enumerate(turns, start=1)),
         outcome=None if outcome is None else float(outcome),
+        cut=bool(_typed(row, "cut", (bool,), where)),
         **texts,
         **numbers,
     )

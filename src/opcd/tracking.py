@@ -46,7 +46,8 @@ class Tracker:
     def __exit__(self, *_: object) -> None:
         """Leave the terminal as it was, and close the trackers."""
         self._bar.stop()
-        self._accelerator.end_training()
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
 
     def step(self, metrics: Mapping[str, Any], rollouts: Sequence[Mapping[str, Any]]) -> None:
         """One step is done."""

@@ -13,21 +13,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import get_scheduler
 
 from opcd import checkpoint
-from opcd.adapters import save_weights, trainable
+from opcd.adapters import in_shards, save_weights, trainable
 from opcd.assembly import Parts, assemble
 from opcd.checking import check_context
 from opcd.config import Run, differences
 from opcd.distill import StepReport, Trainer, distill
 from opcd.errors import CheckpointError, ConfigError, RunFolderError
 from opcd.evaluation import validate
+from opcd.launch import (
+    build_accelerator,
+    most,
+    on_main,
+    sharding_of,
+    summed,
+    together,
+)
 from opcd.runs import RunFolder, check_free, create_run, open_run, rewind_jsonl, write_json
+from opcd.sharding import give, weights_by_name
 from opcd.tracking import Tracker
 from opcd.types import Answered
 
-FREE_TO_CHANGE = ("checkpoint.", "tracking.", "out")
+FREE_TO_CHANGE = ("checkpoint.", "tracking.", "launch.", "out")
 """Keys that a resumed run may have other values for, since no result depends on them."""
 
 
@@ -46,6 +56,13 @@ class Interruption:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def heard(self, accelerator: Any) -> bool:
+        """Whether any process was asked to stop; they all hear of it at the same step."""
+        asked = int(most(accelerator, [max(self.signals, default=0)])[0])
+        if asked and not self.signals:
+            self.signals.append(asked)
+        return bool(asked)
 
     def _note(self, number: int, _: Any) -> None:
         if self.signals:
@@ -81,14 +98,23 @@ def train(config: Run, resume: bool = False, overwrite: bool = False) -> Outcome
         RunError: training failed; its checkpoints are kept.
     """
     check_context(config)
-    if not resume:
-        check_free(config, overwrite)
-    parts = assemble(config)
-    folder = check_resumable(config) if resume else create_run(config, overwrite)
-    trainer, best = prepare(parts), {}
-    if resume:
-        best = restore(parts, trainer, folder)
-    interruption = Interruption()
+    accelerator = build_accelerator(config)
+    with together(accelerator):
+        if not resume:
+            on_main(accelerator, lambda: check_free(config, overwrite))
+        parts = assemble(config)
+        folder = on_main(
+            accelerator,
+            lambda: check_resumable(config) if resume else create_run(config, overwrite),
+        )
+        trainer, best = prepare(parts), {}
+        if resume:
+            best = restore(parts, trainer, folder)
+        return _train(parts, trainer, best, folder)
+
+
+def _train(parts: Parts, trainer: Trainer, best: dict[str, Any], folder: RunFolder) -> Outcome:
+    config, interruption = parts.config, Interruption()
     with (
         Tracker(config, folder, parts.accelerator) as tracker,
         interruption.listening(),
@@ -98,7 +124,7 @@ def train(config: Run, resume: bool = False, overwrite: bool = False) -> Outcome
             tracker.say(note)
         for report in distill(parts, trainer):
             tracker.step(report.metrics, sample_rollouts(parts, report))
-            stop = bool(interruption.signals)
+            stop = interruption.heard(parts.accelerator)
             if due(trainer.step, config.evaluation.every_steps, config.steps):
                 best = choose_best(parts, trainer.step, best, folder, tracker)
             if stop or due(trainer.step, config.checkpoint.every_steps, config.steps):
@@ -132,6 +158,7 @@ def prepare(parts: Parts) -> Trainer:
         ConfigError: transformers has no schedule of that name.
     """
     config = parts.config.optimizer
+    spread(parts)
     optimizer = torch.optim.AdamW(
         list(trainable(parts.student).values()),
         lr=config.lr,
@@ -144,8 +171,45 @@ def prepare(parts: Parts) -> Trainer:
         )
     except ValueError as error:
         raise ConfigError(f"optimizer.schedule = {config.schedule!r}: {error}") from error
-    parts.distiller, prepared = parts.accelerator.prepare(parts.distiller, optimizer)
-    return Trainer(prepared, scheduler)
+    return Trainer(optimizer, scheduler)
+
+
+def spread(parts: Parts) -> None:
+    """Hand the student to DDP, or cut it and the frozen teachers into shards (FSDP2).
+
+    Raises:
+        ConfigError: the launch and the run contradict each other.
+    """
+    sharding = sharding_of(parts.accelerator, parts.dtype)
+    if sharding is None:
+        parts.distiller = summed(parts.accelerator, parts.distiller)
+        return
+    check_shardable(parts.config)
+    own, teachers = parts.distiller, {id(t): t for t in (parts.teacher, parts.base)}.values()
+    for teacher in teachers:
+        teacher.go_inside(own.run if teacher.model is parts.student else lambda work: work())
+    sharding.shard(own, parts.accelerator.autocast)
+    for teacher in teachers:
+        if teacher.shadow:
+            teacher.shadow.start()
+        elif teacher.model is not parts.student:
+            sharding.shard_frozen(teacher.model)
+    # The states that came with an answer would be there for some rows and not for others.
+    parts.keeps_hidden = False
+
+
+def check_shardable(config: Run) -> None:
+    """Refuse what weights in shards cannot do.
+
+    Raises:
+        ConfigError: naming the setting to change.
+    """
+    if config.model.tuning.type == "full" and config.teacher.type in ("ema", "refresh"):
+        raise ConfigError(
+            f"teacher.type is {config.teacher.type} and model.tuning is full, but accelerate was "
+            "told to use FSDP: that teacher's head would be in pieces while the student runs; "
+            'write teacher.type = "frozen" or model.tuning.type = "lora", or launch without FSDP'
+        )
 
 
 def choose_best(
@@ -167,8 +231,8 @@ def choose_best(
         found = {**metrics, "step": done, "chosen_by": name, "highest": highest}
         if best and not is_better(found, best, name):
             return {**best, "highest": highest}
-    if parts.accelerator.is_main_process:
-        _keep_weights(parts, folder.best, found)
+    weights = weights_by_name(parts.student) if in_shards(parts.student) else None
+    on_main(parts.accelerator, lambda: _keep_weights(parts, folder.best, found, weights))
     return found
 
 
@@ -204,10 +268,10 @@ def write_checkpoint(
     snapshot = checkpoint.Snapshot(
         trainer.step,
         {
-            "model": trainable(parts.student),
+            "model": weights_by_name(parts.student),
             "optimizer": optimizer,
             "teacher": parts.teacher.state(),
-            "random": checkpoint.random_state(),
+            "random": checkpoint.random_states(parts.accelerator),
         },
         {
             "optimizer_groups": groups,
@@ -216,8 +280,8 @@ def write_checkpoint(
             "best": best,
         },
     )
-    if parts.accelerator.is_main_process:
-        checkpoint.save(folder.checkpoints, snapshot, parts.config.checkpoint.keep)
+    keep = parts.config.checkpoint.keep
+    on_main(parts.accelerator, lambda: checkpoint.save(folder.checkpoints, snapshot, keep))
 
 
 def restore(parts: Parts, trainer: Trainer, folder: RunFolder) -> dict[str, Any]:
@@ -232,17 +296,20 @@ def restore(parts: Parts, trainer: Trainer, folder: RunFolder) -> dict[str, Any]
         raise CheckpointError(
             f"step-{snapshot.step} holds other weights than the run trains; it is not its own"
         )
-    with torch.no_grad():
-        for name, weight in snapshot.tensors["model"].items():
-            own[name].copy_(weight)
+    for name, weight in snapshot.tensors["model"].items():
+        give(own[name], weight)
     groups = snapshot.facts["optimizer_groups"]
     checkpoint.unpack_optimizer(trainer.optimizer, snapshot.tensors["optimizer"], groups)
     trainer.scheduler.load_state_dict(snapshot.facts["scheduler"])
     parts.teacher.load_state(dict(snapshot.tensors["teacher"]))
-    checkpoint.restore_random(snapshot.tensors["random"])
+    checkpoint.restore_random(snapshot.tensors["random"], parts.accelerator.process_index)
     trainer.step, trainer.skipped_steps = snapshot.step, snapshot.facts["skipped_steps"]
-    for path in (folder.metrics, folder.rollouts, folder.validation):
-        rewind_jsonl(path, snapshot.step)
+
+    def rewind() -> None:
+        for path in (folder.metrics, folder.rollouts, folder.validation):
+            rewind_jsonl(path, snapshot.step)
+
+    on_main(parts.accelerator, rewind)
     return dict(snapshot.facts["best"])
 
 
@@ -281,11 +348,13 @@ def _rollout_row(parts: Parts, step: int, answered: Answered) -> dict[str, Any]:
     }
 
 
-def _keep_weights(parts: Parts, target: Path, found: dict[str, Any]) -> None:
+def _keep_weights(
+    parts: Parts, target: Path, found: dict[str, Any], weights: dict[str, Tensor] | None
+) -> None:
     draft = target.with_name(".best")
     shutil.rmtree(draft, ignore_errors=True)
     try:
-        save_weights(parts.student, draft)
+        save_weights(parts.student, draft, weights)
         write_json(draft / "best.json", found)
     except OSError as error:
         shutil.rmtree(draft, ignore_errors=True)

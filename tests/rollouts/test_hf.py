@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 from transformers import MistralConfig
 
+from allocated import peak_bytes
 from opcd.adapters import tune
 from opcd.config.training import Full, Lora
+from opcd.prefix_cache import read_prefix, token_bytes
+from opcd.prefix_store import PrefixStore
 from opcd.rollouts import hf
 from opcd.rollouts.engine import Prompt, Sampling
-from opcd.rollouts.hf import HFEngine, choose
+from opcd.rollouts.hf import HFEngine, choose, cut_prompts
 from tiny import SHAPE, build, nudge, random_ids
 from worlds import END_ID, tiny_llama
 
@@ -148,9 +151,69 @@ def test_a_shared_prefix_is_read_once_and_changes_nothing(
     engine = engine_of(model, rows=2)
     shared = [answers(engine, BEHIND, sampling) for sampling in (Sampling(), WARM)]
     assert reads == [len(SHARED)], "once for these weights, whatever is asked of them"
-    monkeypatch.setattr(hf, "MIN_PREFIX_TOKENS", 10**6)
+    monkeypatch.setattr(hf, "why_no_prefix", lambda _: "as if it could not")
     assert [answers(engine, BEHIND, sampling) for sampling in (Sampling(), WARM)] == shared
     assert shared[0] == [generated(model, prompt) for prompt in BEHIND]
+
+
+CONTEXTS = [random_ids(70 + 40 * n, 50 + n) for n in range(3)]
+POOL = [
+    Prompt(f"{p.task_id}/{n}", context + p.ids, p.max_new_tokens)
+    for p in PROMPTS
+    for n, context in enumerate(CONTEXTS)
+]
+"""Five questions, each behind three contexts."""
+
+
+@pytest.mark.parametrize("room", [10**6, 160, 1], ids=["all", "some", "one at a time"])
+@pytest.mark.parametrize("rows", [4, 64])
+def test_each_context_of_a_pool_is_read_once(model: Any, rows: int, room: int) -> None:
+    """For rows of one batch or of several, whatever fits into the budget; the base is asked."""
+    reads: list[int] = []
+
+    def read(ids: Sequence[int]) -> Any:
+        reads.append(len(ids))
+        return read_prefix(model, ids)
+
+    store = PrefixStore(model, read, room * token_bytes(model))
+    engine = HFEngine(model, model, torch.float32, frozenset({END_ID}), rows, store)
+    engine.use("base", 0)
+    for _ in range(2):
+        assert answers(engine, POOL, Sampling()) == [generated(model, prompt) for prompt in POOL]
+    lengths = [len(context) for context in CONTEXTS]
+    assert reads[:3] == reads[-3:] or room > 1000
+    assert sorted(reads) == sorted(lengths * (1 if room > 1000 else 2))
+
+
+def test_prompts_that_share_nothing_are_read_apart_when_they_are_long(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch of them would have a mask of all with all. Nothing of them is kept."""
+    monkeypatch.setattr(hf, "PREFILL_TOKENS", 90)
+    prompts = [*PROMPTS[:2], *(Prompt(f"long{n}", random_ids(95 + n, n), 5) for n in range(3))]
+    assert cut_prompts(prompts) == [0, 0, 94, 95, 96]
+    engine = engine_of(model)
+    assert answers(engine, prompts, Sampling()) == [generated(model, p) for p in prompts]
+    assert engine._prefixes["student"].bytes == 0
+
+
+def test_few_that_share_little_stay_in_the_batch() -> None:
+    """Another round of decoding costs more than reading 70 tokens twice."""
+    pair = [replace(prompt, max_new_tokens=12) for prompt in BEHIND[:2]]
+    assert cut_prompts(pair) == [70, 70]
+    assert cut_prompts([*pair, *PROMPTS]) == [0] * 7
+    many = [replace(BEHIND[0], ids=(*SHARED, n, 5)) for n in range(13)]
+    assert cut_prompts([*many, *PROMPTS]) == [70] * 13 + [0] * 5
+
+
+def test_rows_of_a_batch_make_no_copy_of_a_long_context() -> None:
+    """16 rows behind 8,192 tokens: what decoding takes is the rows' own."""
+    model, context = tiny_llama(positions=9000), random_ids(8192, 1)
+    engine = engine_of(model, 16, frozenset({-1}))
+    prompts = [Prompt(str(n), context + random_ids(9, n), 6) for n in range(16)]
+    answers(engine, prompts, Sampling())
+    peak = peak_bytes(lambda: answers(engine, prompts, Sampling()))
+    assert peak < 8192 * token_bytes(model) / 2
 
 
 def test_a_sliding_window_is_respected_behind_a_shared_prefix() -> None:

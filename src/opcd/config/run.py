@@ -41,6 +41,7 @@ class Run(Section):
     evaluation: training.Evaluation = training.Evaluation()
     checkpoint: training.Checkpoint = training.Checkpoint()
     tracking: training.Tracking = training.Tracking()
+    launch: training.Launch = training.Launch()
 
     @property
     def anchors_per_step(self) -> int:

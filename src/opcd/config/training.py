@@ -205,6 +205,9 @@ class Batch(Section):
     """Tasks and anchors together."""
     rows_per_forward: Count = 8
     """Sequences in one forward and backward pass; gradients accumulate over the rest."""
+    prefix_gib: Positive = 4.0
+    """Keys and values of contexts that a model keeps, each read once for all prompts behind it;
+    the least recently used leaves when another needs its room, and is read again."""
 
 
 class Anchor(Section):
@@ -260,6 +263,14 @@ class Checkpoint(Section):
 
     every_steps: Count = 10
     keep: Count = 2
+
+
+class Launch(Section):
+    """Several processes, as `accelerate launch` starts them."""
+
+    timeout_s: Positive = 1800.0
+    """How long a process waits for the others before it takes them for gone. Above the time that
+    the main one takes to load and to write what the others need not."""
 
 
 class Tracking(Section):

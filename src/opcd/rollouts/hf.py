@@ -1,14 +1,16 @@
 """Batched sampling with transformers, from a merged copy of the student or from its base.
 
 The copy is plain (adapters merged into it) and in the run's dtype; weights that training leaves
-alone are the student's own. A context that all prompts share is read once; rows that have
-finished leave the batch. Which tokens are drawn depends on the sampling seed and the task id, not
-on the batch.
+alone are the student's own. What prompts share is read once for all of them (each context of a
+pool for itself); rows that have finished leave the batch. Which tokens are drawn depends on the
+sampling seed and the task id, not on the batch.
 """
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,17 +18,31 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.initialization import no_init_weights
 
-from opcd.adapters import adapter_off, causal_model, merged_weights, share_frozen, trainable
+from opcd.adapters import (
+    adapter_off,
+    causal_model,
+    in_shards,
+    merged_weights,
+    share_frozen,
+    trainable,
+)
 from opcd.batching import padded_width
 from opcd.models import output_head, why_no_prefix
-from opcd.prefix_cache import SharedPrefix, forward_after_prefix, read_prefix
-from opcd.rendering import common_prefix
+from opcd.openings import Ids, find_openings, in_passes
+from opcd.prefix_cache import (
+    PREFILL_TOKENS,
+    SharedPrefix,
+    forward_after_prefix,
+    read_prefix,
+)
+from opcd.prefix_store import PrefixStore
 from opcd.rollouts.engine import Policy, Prompt, Sampling
 from opcd.rollouts.packing import PackedLinear, load_weights, pack_linears
+from opcd.sharding import whole
 from opcd.types import Rollout
 
-MIN_PREFIX_TOKENS = 64
-"""A shared prefix shorter than this is read with each prompt."""
+PASS_TOKENS = 64
+"""Reading so many tokens takes about as long as one more pass for the next token of a few rows."""
 
 
 class HFEngine:
@@ -39,6 +55,7 @@ class HFEngine:
         dtype: torch.dtype,
         end_ids: frozenset[int],
         batch_rows: int,
+        prefixes: PrefixStore | None = None,
     ) -> None:
         """Note the models; a copy of the student is made when it is first asked.
 
@@ -49,6 +66,7 @@ class HFEngine:
             dtype: of the copy.
             end_ids: tokens that end a response.
             batch_rows: sequences decoded together.
+            prefixes: what the base has read of shared openings, if its teacher keeps them too.
         """
         self._student = student
         self._base = base
@@ -58,31 +76,44 @@ class HFEngine:
         self._policy: Policy | None = None
         self._copy: Any = None
         self._packed: dict[str, PackedLinear] = {}
-        self._copied: tuple[int, int] | None = None
-        """The version, and how often its weights had been written to: training gives each step a
-        version, but weights may also be loaded in between."""
-        self._prefixes: dict[Policy, SharedPrefix] = {}
+        self._copied: tuple[Policy, int, int] | None = None
+        """Whose weights the copy has: the version, and how often they were written to. Training
+        gives each step a version, but weights may also be loaded in between."""
+        self._prefixes: dict[Policy, PrefixStore] = {
+            "base": prefixes or PrefixStore(base, self._read_base)
+        }
 
     @torch.no_grad()
     def use(self, policy: Policy, version: int) -> None:
-        """Answer as the student of this version, or as the base model."""
+        """Answer as the student of this version, or as the base model.
+
+        Where weights are in shards, every process has to ask for the same at the same time.
+        """
         self._policy = policy
-        if policy == "base":
+        if policy == "base" and not in_shards(self._base):
             return
-        copied = version, sum(p._version for p in trainable(self._student).values())
+        moved = sum(p._version for p in trainable(self._student).values())
+        copied = ("student", version, moved) if policy == "student" else ("base", 0, 0)
         if self._copied == copied:
             return
         if self._copy is None:
             self._copy = self._make_copy()
-        load_weights(self._copy, self._packed, merged_weights(self._student))
+            read, most_bytes = partial(read_prefix, self._copy), self._prefixes["base"].most_bytes
+            self._prefixes["student"] = PrefixStore(self._copy, read, most_bytes)
+            if in_shards(self._base):
+                self._prefixes["base"] = PrefixStore(self._copy, read, most_bytes)
+        source = self._student if policy == "student" else self._base
+        weights = ((name, whole(weight)) for name, weight in merged_weights(source, policy))
+        load_weights(self._copy, self._packed, weights)
         self._copied = copied
-        self._prefixes.pop("student", None)
+        if policy == "student":
+            self._prefixes["student"].clear()
 
     def rest(self) -> None:
         """Let go of the weights that the next version will bring anew."""
         if self._packed:
             self._copied = None
-            self._prefixes.pop("student", None)
+            self._prefixes["student"].clear()
         for layer in self._packed.values():
             layer.load(None)
 
@@ -100,42 +131,80 @@ class HFEngine:
 
     @property
     def _model(self) -> Any:
-        """What answers: for the base, a wrapper whose adapter has to be off."""
-        return self._base if self._policy == "base" else self._copy
+        """What answers: for the base, a wrapper whose adapter has to be off.
+
+        A base whose weights are in shards cannot answer; the copy has its weights then.
+        """
+        return self._base if self._policy == "base" and not in_shards(self._base) else self._copy
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
         """One response for each prompt, in their order."""
         assert self._policy, "use() says with which weights to answer"
+        if not prompts:
+            return []
+        rollouts: dict[int, Rollout] = {}
+        for part, prefixes in self._batches(prompts):
+            cuts = [prefix.tokens for prefix in prefixes] or [0] * len(part)
+            rows = [
+                replace(prompts[index], ids=prompts[index].ids[cut:])
+                for index, cut in zip(part, cuts, strict=True)
+            ]
+            with self._answering():
+                answers = decode(self._model, rows, sampling, self._end_ids, prefixes)
+            rollouts |= zip(part, answers, strict=True)
+        return [rollouts[index] for index in range(len(prompts))]
+
+    def _batches(self, prompts: Sequence[Prompt]) -> Iterator[tuple[list[int], list[SharedPrefix]]]:
+        """Which prompts are answered together, and what of each was read apart, if anything."""
+        assert self._policy, "use() says with which weights to answer"
+        store, full = self._prefixes[self._policy], [prompt.ids for prompt in prompts]
+        cuts = [0] * len(full) if why_no_prefix(self._model) else cut_prompts(prompts)
+        openings = [ids[:cut] for ids, cut in zip(full, cuts, strict=True)]
+        order = sorted(range(len(full)), key=lambda i: (openings[i], len(full[i]) - cuts[i]))
+        ordered, uses = [openings[index] for index in order], Counter(openings)
+        most_rows = self._batch_rows
+        for part in in_passes(ordered, most_rows, store.most_tokens, most_rows):
+            read = {
+                ids: store.get(ids, keep=uses[ids] > 1)
+                for ids in dict.fromkeys(ordered[place] for place in part)
+                if ids
+            }
+            behind = [read[ordered[place]] for place in part] if read else []
+            yield [order[place] for place in part], behind
+
+    @torch.no_grad()
+    def _read_base(self, ids: Ids) -> SharedPrefix:
+        with self._answering():
+            return read_prefix(self._base, ids)
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
         was_training = self._model.training
         self._model.eval()
         try:
             with adapter_off(self._model) if self._policy == "base" else nullcontext():
-                return self._generate(prompts, sampling)
+                yield
         finally:
             self._model.train(was_training)
 
-    def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        prefix = self._read_shared(prompts)
-        cut = prefix.tokens if prefix else 0
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
-        rollouts: dict[int, Rollout] = {}
-        for start in range(0, len(order), self._batch_rows):
-            part = order[start : start + self._batch_rows]
-            rows = [replace(prompts[index], ids=prompts[index].ids[cut:]) for index in part]
-            answers = decode(self._model, rows, sampling, self._end_ids, prefix)
-            rollouts |= zip(part, answers, strict=True)
-        return [rollouts[index] for index in range(len(prompts))]
 
-    def _read_shared(self, prompts: Sequence[Prompt]) -> SharedPrefix | None:
-        assert self._policy, "asked by generate"
-        shared = common_prefix([prompt.ids for prompt in prompts])
-        if len(prompts) < 2 or shared < MIN_PREFIX_TOKENS or why_no_prefix(self._model):
-            return None
-        ids, known = prompts[0].ids[:shared], self._prefixes.get(self._policy)
-        if known is None or known.ids != ids:
-            known = self._prefixes[self._policy] = read_prefix(self._model, ids)
-        return known
+def cut_prompts(prompts: Sequence[Prompt]) -> list[int]:
+    """How many tokens of each prompt are read apart: those of its group's opening.
+
+    Long prompts in no group are read apart too, in pieces: in a batch they would have a mask of
+    `[S, S]` for each row.
+    """
+    whole = [prompt.ids for prompt in prompts]
+    cuts = find_openings(whole)
+    openings = Counter(ids[:cut] for ids, cut in zip(whole, cuts, strict=True) if cut)
+    saved = sum((count - 1) * len(ids) for ids, count in openings.items())
+    passes = max((prompt.max_new_tokens for prompt in prompts), default=0)
+    if 0 in cuts and saved < PASS_TOKENS * passes:
+        # Prompts that are cut and prompts that are not are answered apart.
+        cuts = [0] * len(whole)
+    long = [len(ids) > PREFILL_TOKENS for ids in whole]
+    return [cut or (len(whole[i]) - 1) * long[i] for i, cut in enumerate(cuts)]
 
 
 @torch.no_grad()
@@ -144,16 +213,16 @@ def decode(
     prompts: Sequence[Prompt],
     sampling: Sampling,
     end_ids: frozenset[int],
-    prefix: SharedPrefix | None = None,
+    prefixes: Sequence[SharedPrefix] = (),
 ) -> list[Rollout]:
     """Answer one batch; rows that have ended leave it.
 
     Args:
         model: whose weights answer.
-        prompts: what each row has after `prefix`.
+        prompts: what each row has after its prefix.
         sampling: how tokens are drawn.
         end_ids: tokens that end a response.
-        prefix: what all rows have in front of them, if that was read before.
+        prefixes: what each row has in front of it, if that was read before.
     """
     plain, head = causal_model(model), output_head(model)
     ids_BS, mask_BS = pad_left([prompt.ids for prompt in prompts], plain.device)
@@ -164,7 +233,7 @@ def decode(
     active = list(range(len(prompts)))
     cache = DynamicCache(config=plain.config)
     for step in range(most):
-        hidden_BD = advance(model, ids_BS, mask_BS, cache, prefix)
+        hidden_BD = advance(model, ids_BS, mask_BS, cache, prefixes)
         tokens_B = choose(head(hidden_BD), uniforms_BT[active, step], sampling)
         tokens = tokens_B.tolist()
         for row, token, hidden_D in zip(active, tokens, hidden_BD, strict=True):
@@ -183,6 +252,7 @@ def decode(
             cache.batch_select_indices(kept_B)
             mask_BS, tokens_B = mask_BS[kept_B], tokens_B[kept_B]
             active = [active[i] for i in keep]
+            prefixes = [prefixes[i] for i in keep] if prefixes else ()
         ids_BS = tokens_B.unsqueeze(-1)
         mask_BS = torch.cat([mask_BS, torch.ones_like(ids_BS)], dim=-1)
     return [
@@ -201,7 +271,7 @@ def advance(
     ids_BS: Tensor,
     mask_BS: Tensor,
     cache: DynamicCache,
-    prefix: SharedPrefix | None = None,
+    prefixes: Sequence[SharedPrefix] = (),
 ) -> Tensor:
     """Read tokens into the cache; the hidden states at the last position of each row, `_BD`.
 
@@ -210,10 +280,10 @@ def advance(
         ids_BS: the tokens after those in the cache, padded on the left.
         mask_BS: 1 at real tokens, over the cached and the new ones.
         cache: holds the rows' keys and values, and grows.
-        prefix: what all rows have in front of them, if that was read before.
+        prefixes: what each row has in front of it, if that was read before.
     """
-    if prefix:
-        return forward_after_prefix(model, prefix, ids_BS, mask_BS, cache)[:, -1]
+    if prefixes:
+        return forward_after_prefix(model, prefixes, ids_BS, mask_BS, cache)[:, -1]
     positions_BS = (mask_BS.cumsum(-1) - 1).clamp(min=0)[:, -ids_BS.shape[1] :]
     decoder = causal_model(model).get_decoder()
     return decoder(

@@ -1,0 +1,332 @@
+"""`opcd.launch`: two processes give what one gives; they stop, fail and resume together.
+
+One pair of gloo processes does all runs of a plan; the same runs are done here by one process.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from safetensors.torch import load_file
+
+from opcd import checkpoint
+from opcd.config import Run, dump_config
+from opcd.errors import ConfigError
+from opcd.launch import check_dtypes, check_processes, interleave, on_main, own, read_fsdp
+from opcd.runs import RunFolder, open_run, read_jsonl
+from opcd.training import check_shardable, train
+from tiny import make_run
+from worlds import tiny_llama, tokenizer
+
+CONFIGS = sorted((Path(__file__).parents[1] / "recipes" / "accelerate").glob("*.yaml"))
+
+LORA = ('model.tuning={type="lora", rank=4}', "optimizer.lr=0.003")
+FULL = ('model.tuning={type="full"}', 'teacher={type="frozen"}', "optimizer.lr=0.001")
+UNEVEN = ("batch.prompts_per_step=7", "rollout.teacher_fraction=0.25")
+"""Five tasks and two anchors, some answered by their teachers: nothing divides by two."""
+RUNS: dict[str, tuple[str, ...]] = {
+    "ddp_lora": (*LORA, *UNEVEN),
+    "ddp_full": (*FULL, "anchor.context_return=0.25", 'loss.reduction="token"'),
+    "fsdp_lora": (*LORA, *UNEVEN),
+    "fsdp_full": (*FULL, *UNEVEN, "model.gradient_checkpointing=true"),
+    "fsdp_ema": (*LORA, 'teacher={type="ema", decay=0.8}', "batch.prompts_per_step=5"),
+    "fsdp_bf16": (*FULL, "model.dtype=bfloat16", "steps=2"),
+    "ddp_stopped": LORA,
+    "fsdp_resumed": (*FULL, *UNEVEN),
+    "ddp_killed": (*LORA, "launch.timeout_s=60"),
+}
+SYSTEM = "Answer in verse, or not at all. " * 4
+"""Long enough to be read once."""
+TIED = ("fsdp_full", "ddp_full")
+"""Runs whose model has one matrix for embeddings and head."""
+
+
+class Ends:
+    """How the runs of the plan ended, in both processes and in one."""
+
+    def __init__(self, folder: Path, models: dict[bool, Path]) -> None:
+        """Nothing has run yet."""
+        self.folder, self.models = folder, models
+        self.codes: list[int] = []
+        self.said = ["", ""]
+
+    def run(self, name: str, processes: int) -> Run:
+        more = RUNS[name]
+        overrides = (f"name={name}", *more)
+        folder, model = self.folder / str(processes), self.models[name in TIED]
+        return make_run(folder, model, *overrides, system=SYSTEM)
+
+    def folder_of(self, name: str, processes: int) -> RunFolder:
+        return RunFolder(self.folder / str(processes) / "runs" / name)
+
+    def of(self, name: str) -> list[dict[str, Any]]:
+        """What each process says."""
+        place = list(RUNS).index(name)
+        files = [self.folder / f"ends-{process}.json" for process in range(2)]
+        ends = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        return [one[place] for one in ends if len(one) > place]
+
+    def plan(self) -> Path:
+        entries: list[dict[str, Any]] = []
+        for name in RUNS:
+            config = self.folder / f"{name}.json"
+            config.write_text(dump_config(self.run(name, 2)), encoding="utf-8")
+            stop = {"ddp_stopped": ("SIGTERM", 1), "ddp_killed": ("SIGKILL", 2)}.get(name)
+            entries.append(
+                {
+                    "config": str(config),
+                    "fsdp": name.startswith("fsdp"),
+                    "resume": name == "fsdp_resumed",
+                    "signal": stop and stop[0],
+                    "step": stop and stop[1],
+                }
+            )
+        path = self.folder / "plan.json"
+        path.write_text(json.dumps(entries), encoding="utf-8")
+        return path
+
+
+def launch(plan: Path) -> list[tuple[int, str]]:
+    """Exit codes and messages of two processes, started as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    there |= {"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    script = Path(__file__).with_name("launched.py")
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(plan)],
+            env=os.environ | there | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=300)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(process.returncode, text) for process, text in zip(started, said, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory: pytest.TempPathFactory) -> Ends:
+    models: dict[bool, Path] = {}
+    for tied in (False, True):
+        models[tied] = tmp_path_factory.mktemp("launched") / "model"
+        tiny_llama(tie_word_embeddings=tied).save_pretrained(models[tied])
+        tokenizer().save_pretrained(models[tied])
+    found = Ends(tmp_path_factory.mktemp("runs"), models)
+    for name in RUNS:
+        train(found.run(name, 1))
+    begun = found.folder_of("fsdp_resumed", 2)
+    shutil.copytree(found.folder_of("fsdp_resumed", 1).path, begun.path)
+    shutil.rmtree(checkpoint.latest(begun.checkpoints))
+    both = launch(found.plan())
+    found.codes, found.said = [code for code, _ in both], [text for _, text in both]
+    return found
+
+
+def rows_of(folder: RunFolder) -> list[dict[str, Any]]:
+    return list(read_jsonl(folder.metrics))
+
+
+def assert_same_numbers(ours: RunFolder, wanted: RunFolder, within: float = 1e-5) -> None:
+    """Metrics of every step, validations, and the weights that came out."""
+    rows, others = rows_of(ours), rows_of(wanted)
+    assert [row["step"] for row in rows] == [row["step"] for row in others]
+    for row, other in zip(rows, others, strict=True):
+        assert row.keys() == other.keys() and row["direction"] == other["direction"]
+        for key in row.keys() - {"peak_bytes", "direction"}:
+            if not key.endswith("_s"):
+                assert row[key] == pytest.approx(other[key], rel=within, abs=within), key
+    checks = [list(read_jsonl(folder.validation)) for folder in (ours, wanted)]
+    assert len(checks[0]) == len(checks[1])
+    for check, other in zip(*checks, strict=True):
+        assert check == pytest.approx(other, rel=within, abs=within)
+    assert_same_weights(ours, wanted, within)
+
+
+def assert_same_weights(ours: RunFolder, wanted: RunFolder, within: float = 1e-5) -> None:
+    for stem in ("model", "optimizer", "teacher"):
+        ends = [checkpoint.latest(folder.checkpoints) for folder in (ours, wanted)]
+        assert ends[0].name == ends[1].name
+        tensors, others = (load_file(end / f"{stem}.safetensors") for end in ends)
+        assert tensors.keys() == others.keys()
+        for name, tensor in tensors.items():
+            assert tensor.shape == others[name].shape, name
+            torch.testing.assert_close(tensor, others[name], rtol=within, atol=within)
+
+
+@pytest.mark.parametrize("name", ["ddp_lora", "ddp_full", "fsdp_lora", "fsdp_full", "fsdp_ema"])
+def test_two_processes_give_what_one_gives(ends: Ends, name: str) -> None:
+    assert ends.of(name) == [{"steps": 4, "interrupted_by": None}] * 2, ends.said
+    assert_same_numbers(ends.folder_of(name, 2), ends.folder_of(name, 1))
+    best, other = (load_best(ends.folder_of(name, count)) for count in (2, 1))
+    assert best.keys() == other.keys()
+    for key, weight in best.items():
+        torch.testing.assert_close(weight, other[key], rtol=1e-5, atol=1e-5)
+
+
+def load_best(folder: RunFolder) -> dict[str, torch.Tensor]:
+    (file,) = folder.best.glob("*.safetensors")
+    return load_file(file)
+
+
+def test_bfloat16_in_shards_stays_near_one_process(ends: Ends) -> None:
+    """Shards are put together in bfloat16, where one process rounds at each product."""
+    assert_same_first_step(*(rows_of(ends.folder_of("fsdp_bf16", n))[0] for n in (2, 1)))
+    saved = load_file(
+        checkpoint.latest(ends.folder_of("fsdp_bf16", 2).checkpoints) / "model.safetensors"
+    )
+    assert {weight.dtype for weight in saved.values()} == {torch.float32}
+
+
+def assert_same_first_step(row: dict[str, Any], other: dict[str, Any]) -> None:
+    for key in ("loss_nats", "kl_nats_per_token", "grad_norm"):
+        assert row[key] == pytest.approx(other[key], rel=0.05), key
+
+
+def test_a_signal_to_one_stops_both_at_one_step_and_one_goes_on(ends: Ends) -> None:
+    """The checkpoint of two processes resumes in one."""
+    assert ends.of("ddp_stopped") == [{"steps": 2, "interrupted_by": signal.SIGTERM}] * 2
+    folder, run = open_run(ends.folder_of("ddp_stopped", 2).path)
+    assert train(run, resume=True).steps == 4
+    assert_same_numbers(folder, ends.folder_of("ddp_stopped", 1))
+
+
+def test_a_checkpoint_of_one_resumes_in_two(ends: Ends) -> None:
+    """In shards: optimiser, weights and schedule."""
+    assert ends.of("fsdp_resumed") == [{"steps": 4, "interrupted_by": None}] * 2
+    assert_same_numbers(ends.folder_of("fsdp_resumed", 2), ends.folder_of("fsdp_resumed", 1))
+
+
+def test_when_one_is_killed_the_other_says_so_and_the_run_goes_on(ends: Ends) -> None:
+    (left,) = ends.of("ddp_killed")
+    assert left["error"].startswith("LaunchError: process 0 of 2 lost the others")
+    assert "--resume" in left["error"]
+    assert ends.codes == [0, -signal.SIGKILL]
+    folder, run = open_run(ends.folder_of("ddp_killed", 2).path)
+    assert checkpoint.latest(folder.checkpoints).name == "step-2"
+    assert train(run, resume=True).steps == 4
+    assert_same_numbers(folder, ends.folder_of("ddp_killed", 1))
+
+
+def test_only_the_main_process_speaks_and_writes(ends: Ends) -> None:
+    assert "validation:" in ends.said[0] and ends.said[1] == ""
+    for name in ("ddp_lora", "fsdp_full"):
+        folder = ends.folder_of(name, 2)
+        assert [row["step"] for row in rows_of(folder)] == [0, 1, 2, 3]
+        assert not list(folder.path.rglob(".*")), "no draft is left"
+
+
+# --- without a launch
+
+
+def accelerator(index: int, count: int) -> Any:
+    return SimpleNamespace(
+        process_index=index,
+        num_processes=count,
+        distributed_type="MULTI_CPU",
+        is_main_process=not index,
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_rows_are_dealt_out_evenly_and_put_together_again(count: int) -> None:
+    rows, more = list("abcdefg"), list("xyz")
+    shares = [own(accelerator(i, count), rows) for i in range(count)]
+    assert interleave(shares) == rows
+    both = [
+        len(share) + len(own(accelerator(i, count), more, after=len(rows)))
+        for i, share in enumerate(shares)
+    ]
+    assert sum(both) == 10 and max(both) - min(both) <= 1, "the turn goes on"
+
+
+def test_what_one_process_does_alone_needs_no_others() -> None:
+    assert on_main(accelerator(0, 1), lambda: 7) == 7
+
+
+def settings(tmp_path: Path, *overrides: str) -> Run:
+    return make_run(tmp_path, tmp_path, *overrides)
+
+
+def test_more_processes_than_prompts_are_refused(tmp_path: Path) -> None:
+    """Four prompts a step: four processes have one each, five do not."""
+    run = settings(tmp_path)
+    with pytest.raises(ConfigError, match=r"5 processes share 4 prompts.*batch\.prompts_per_step"):
+        check_processes(run, accelerator(0, 5), torch.float32)
+
+
+def test_dtypes_that_differ_between_processes_are_refused() -> None:
+    check_dtypes(["float32", "float32"])
+    with pytest.raises(ConfigError, match=r"bfloat16 in some .* float32 in others.*model\.dtype"):
+        check_dtypes(["float32", "bfloat16"])
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("FSDP_VERSION", "1", "fsdp_version: 2"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "model.gradient_checkpointing"),
+        ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params: false"),
+    ],
+)
+def test_what_fsdp_is_told_and_does_not_do_here_is_refused(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, said: str
+) -> None:
+    assert read_fsdp() is None
+    for name, given in {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        variable: value,
+    }.items():
+        monkeypatch.setenv(name, given)
+    with pytest.raises(ConfigError, match=said):
+        read_fsdp()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_configs_that_are_shipped_are_understood(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By accelerate's launcher, which hands them over as it does here, and then by us."""
+    command = ["--config_file", str(path), "--module", "opcd", "train", "run.toml"]
+    told, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
+    assert (told.num_processes, told.module, told.mixed_precision) == (8, True, "no")
+    for name, value in prepare_multi_gpu_env(told).items():
+        monkeypatch.setenv(name, value)
+    found = read_fsdp()
+    assert (found is not None) == (path.stem == "fsdp2")
+    assert found is None or found.reshard_after_forward is True
+
+
+def test_a_moving_teacher_of_all_weights_is_refused_in_shards(tmp_path: Path) -> None:
+    tables = ('model.tuning={type="full"}', 'teacher={type="ema"}')
+    with pytest.raises(ConfigError, match="launch without FSDP"):
+        check_shardable(settings(tmp_path, *tables))
+    check_shardable(settings(tmp_path, 'teacher={type="ema"}'))
+
+
+def test_a_precision_that_accelerate_would_force_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from opcd.launch import build_accelerator
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ConfigError, match=r"mixed_precision is 'fp16'.*model\.dtype"):
+        build_accelerator(settings(tmp_path))
