@@ -3,6 +3,7 @@ BIN := .venv/bin
 RUN := runs/support_desk
 VLLM := 0.32.0
 INSTALL := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
+TRL_INSTALL := .venv-trl/bin/pip install --quiet --no-compile --constraint constraints.txt
 
 # What one command compiles, the next one finds, also where the environment says otherwise.
 unexport PYTHONDONTWRITEBYTECODE
@@ -37,9 +38,16 @@ unit: .venv/dev
 test-vllm: .venv/dev .vllm/ready
 	OPCD_VLLM=.vllm/bin/vllm $(BIN)/pytest -m vllm tests/test_real_vllm.py
 
-bench: .venv/ready
-	$(BIN)/python benchmarks/divergence.py
-	$(BIN)/python benchmarks/teacher_prefix.py
+# opcd beside TRL's trainer, which lives in an environment of its own; writes docs/performance.md.
+# make bench QUICK=--quick takes fewer contexts and repetitions.
+bench: .venv/ready .venv-trl/ready
+	$(BIN)/python benchmarks/sdft.py $(QUICK)
+
+.venv-trl/ready: constraints.txt
+	$(PYTHON) -m venv .venv-trl
+	$(TRL_INSTALL) torch
+	$(TRL_INSTALL) trl==1.16.0 peft datasets accelerate transformers
+	touch $@
 
 wheel: .venv/dev
 	$(BIN)/python -m build --wheel
@@ -70,4 +78,4 @@ wheel: .venv/dev
 	touch $@
 
 clean:
-	rm -rf .venv .vllm dist build
+	rm -rf .venv .venv-trl .vllm dist build

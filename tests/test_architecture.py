@@ -36,7 +36,7 @@ FLOORS = (
         "memory",
         "servers",
     ),
-    ("divergence", "batching", "chunking"),
+    ("divergence", "batching", "chunking", "products"),
     (
         "weights",
         "adapters",

@@ -18,6 +18,7 @@ from opcd.divergence import (
     listed_token_stats,
     restrict_listed,
     score_function,
+    stats_and_gradient,
     support_ids,
     token_stats,
 )
@@ -331,3 +332,38 @@ def test_log_probabilities_of_sampled_tokens_are_those_of_temperature_one() -> N
     stats = token_stats(student, teacher, response, Loss(temperature=2.0))
     wanted = student.log_softmax(-1).gather(-1, response.unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(stats.log_prob_T, wanted)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("support", [ExactSupport(), TopK(k=4)], ids=["exact", "top_k"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_gradients_in_closed_form_are_those_of_autograd(
+    direction: Any, support: Any, temperature: float
+) -> None:
+    """And all statistics are the same; the logits themselves are left as they were."""
+    loss = Loss(direction=direction, support=support, temperature=temperature)
+    student, teacher, response = logits(seed=3)
+    leaf = student.clone().requires_grad_()
+    wanted = token_stats(leaf, teacher, response, loss)
+    (gradient,) = torch.autograd.grad(wanted.divergence_T.sum(), leaf)
+    before = student.clone(), teacher.clone()
+    found, closed = stats_and_gradient(student, teacher, response, loss)
+    torch.testing.assert_close(closed, gradient)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs.detach())
+    assert torch.equal(student, before[0])
+    assert torch.equal(teacher, before[1])
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS[:2])
+def test_autocast_does_not_round_a_closed_form(direction: Any) -> None:
+    """A run's forward pass is under it, and its losses are float32 all the same."""
+    student, teacher, response = (part.float() for part in logits(seed=4))
+    loss = Loss(direction=direction)
+    wanted, _ = stats_and_gradient(student, teacher, response.long(), loss)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, gradient = stats_and_gradient(student, teacher, response.long(), loss)
+    assert gradient.dtype == torch.float32
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours, theirs)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -20,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from opcd.config.training import Full, Lora
 from opcd.errors import ModelError
+from opcd.products import adapted_product, product
 
 
 def tune(model: Any, tuning: Lora | Full, seed: int) -> Any:
@@ -64,7 +67,38 @@ def tune(model: Any, tuning: Lora | Full, seed: int) -> Any:
             "embeddings, but the one shares its weights with the other, so it cannot be merged; "
             'write "all-linear"'
         )
+    speed_up(base)
     return tuned
+
+
+def speed_up(model: nn.Module) -> None:
+    """Let the LoRA layers of a model compute in fewer steps than PEFT's own do."""
+    for layer in model.modules():
+        if type(layer) is LoraLinear and type(layer.base_layer) is nn.Linear:
+            layer.forward = partial(_adapted_forward, layer)
+
+
+def _adapted_forward(layer: Any, x: Tensor, *extra: Any, **named: Any) -> Tensor:
+    weight, bias = layer.base_layer.weight, layer.base_layer.bias
+    # Dropout, DoRA, several adapters, a weight in training, mixed dtypes: PEFT's own knows how.
+    is_usual = not (
+        extra or named or layer.merged or layer.lora_variant or weight.requires_grad
+    ) and x.dtype == weight.dtype == _autocast_dtype(weight)
+    if is_usual and layer.disable_adapters and not x.requires_grad:
+        return product(x, weight, bias)
+    is_one = layer.active_adapters == ["default"] and set(layer.lora_A) == {"default"}
+    if not is_usual or layer.disable_adapters or not is_one:
+        return type(layer).forward(layer, x, *extra, **named)
+    if type(layer.lora_dropout["default"]) is not nn.Identity:
+        return type(layer).forward(layer, x)
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    return adapted_product(x, weight, bias, (down, up, layer.scaling["default"]))
+
+
+def _autocast_dtype(weight: Tensor) -> torch.dtype:
+    """What autocast, if it is on, would turn this weight into."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

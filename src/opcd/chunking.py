@@ -6,19 +6,34 @@ only its head, a function from hidden states to logits.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from opcd.config.training import Loss
-from opcd.divergence import Listed, TokenStats, listed_token_stats, token_stats
+from opcd.divergence import (
+    Listed,
+    TokenStats,
+    listed_token_stats,
+    stats_and_gradient,
+    stats_by_autograd,
+    token_stats,
+)
 
 Head = Callable[[Tensor], Tensor]
 """hidden_CD -> logits_CV"""
-OneChunk = Callable[..., TokenStats]
-"""The student's logits and what else belongs to the same tokens -> what is known of them."""
+
+
+class Scoring(NamedTuple):
+    """What is made of the student's logits of some tokens, and what else belongs to them."""
+
+    stats: Callable[..., TokenStats]
+    """With a graph."""
+    stats_and_gradient: Callable[..., tuple[TokenStats, Tensor]]
+    """Without one, and the gradient of each token's divergence, `_CV`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +105,24 @@ def chunked_stats(
         loss: what to compute.
     """
 
-    def one_chunk(student_CV: Tensor, teacher_CD: Tensor, response_C: Tensor) -> TokenStats:
+    def sides(student_CV: Tensor, teacher_CD: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             teacher_CV = teacher_head(teacher_CD)
         # Two models of one vocabulary may pad their heads to different widths.
         width = min(student_CV.shape[-1], teacher_CV.shape[-1])
-        return token_stats(student_CV[:, :width], teacher_CV[:, :width], response_C, loss)
+        return student_CV[:, :width], teacher_CV[:, :width]
 
-    return _in_chunks(student_TD, student_head, (teacher_TD, response_T), one_chunk, loss)
+    def one_chunk(student_CV: Tensor, teacher_CD: Tensor, response_C: Tensor) -> TokenStats:
+        return token_stats(*sides(student_CV, teacher_CD), response_C, loss)
+
+    def differentiate(
+        student_CV: Tensor, teacher_CD: Tensor, response_C: Tensor
+    ) -> tuple[TokenStats, Tensor]:
+        stats, gradient_CV = stats_and_gradient(*sides(student_CV, teacher_CD), response_C, loss)
+        return stats, pad(gradient_CV, (0, student_CV.shape[-1] - gradient_CV.shape[-1]))
+
+    others = (teacher_TD, response_T)
+    return _in_chunks(student_TD, student_head, others, Scoring(one_chunk, differentiate), loss)
 
 
 def listed_stats(
@@ -117,37 +142,42 @@ def listed_stats(
         *listed, response_C = known
         return listed_token_stats(student_CV, Listed(*listed), response_C, loss)
 
-    return _in_chunks(student_TD, student_head, (*teacher, response_T), one_chunk, loss)
+    def differentiate(student_CV: Tensor, *known: Tensor) -> tuple[TokenStats, Tensor]:
+        return stats_by_autograd(lambda leaf_CV: one_chunk(leaf_CV, *known), student_CV)
+
+    others = (*teacher, response_T)
+    return _in_chunks(student_TD, student_head, others, Scoring(one_chunk, differentiate), loss)
 
 
 def _in_chunks(
     student_TD: Tensor,
     student_head: Head,
     others: Sequence[Tensor],
-    score: OneChunk,
+    scoring: Scoring,
     loss: Loss,
 ) -> TokenStats:
-    """What `score` makes of the student's logits, `loss.chunk_tokens` tokens at a time."""
+    """What is known of each token, `loss.chunk_tokens` at a time."""
 
     def one_chunk(student_CD: Tensor, *rest: Tensor) -> TokenStats:
-        return score(student_head(student_CD), *rest)
+        return scoring.stats(student_head(student_CD), *rest)
 
     def slices(*sides: Tensor) -> Iterator[tuple[Tensor, ...]]:
         return zip(*(side_T.split(loss.chunk_tokens) for side_T in sides), strict=True)
 
-    def stats_and_gradient(student_TD: Tensor) -> tuple[TokenStats, Tensor]:
+    def run_frozen(student_TD: Tensor) -> tuple[TokenStats, Tensor]:
         found, gradients = [], []
         for student_CD, *rest in slices(student_TD, *others):
             leaf_CD = student_CD.detach().requires_grad_()
             with torch.enable_grad():
-                stats = one_chunk(leaf_CD, *rest)
-                gradients += torch.autograd.grad(stats.divergence_T.sum(), leaf_CD)
-            found.append(TokenStats(*(column.detach() for column in stats)))
+                student_CV = student_head(leaf_CD)
+            stats, gradient_CV = scoring.stats_and_gradient(student_CV.detach(), *rest)
+            gradients += torch.autograd.grad(student_CV, leaf_CD, gradient_CV)
+            found.append(stats)
         return _join(found), torch.cat(gradients)
 
     # The head of no token costs nothing, and tells whether it would be trained.
     if torch.is_grad_enabled() and not student_head(student_TD[:0].detach()).requires_grad:
-        return TokenStats(*_FrozenHead.apply(student_TD, stats_and_gradient))
+        return TokenStats(*_FrozenHead.apply(student_TD, run_frozen))
     parts = slices(student_TD, *others)
     return _join([checkpoint(one_chunk, *part, use_reentrant=False) for part in parts])
 

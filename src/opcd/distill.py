@@ -29,6 +29,7 @@ from opcd.drawing import Rollouts, roll_out
 from opcd.errors import DivergedError, RolloutError, ServerError
 from opcd.launch import most
 from opcd.remote import RemoteTeacher
+from opcd.rollouts.engine import Resting
 from opcd.sharding import summing_later, whole
 from opcd.tally import Tally, release_memory
 from opcd.teachers import LocalTeacher
@@ -73,6 +74,8 @@ def distill(parts: Parts, trainer: Trainer) -> Iterator[StepReport]:
         with tally.timed("wall_s"):
             with tally.timed("rollout_s"):
                 rollouts = answer_step(parts, trainer.step)
+                if isinstance(parts.engine, Resting):
+                    parts.engine.rest()
             count_rollouts(parts, rollouts, tally)
             answered = rollouts.answered
             loss = loss_at(parts.config.loss, trainer.step)

@@ -21,6 +21,7 @@ from opcd.chunking import Head, TeacherScore, stats_against
 from opcd.config.training import Loss
 from opcd.divergence import TokenStats
 from opcd.errors import ModelError
+from opcd.products import can_pack, frozen_product, pack
 
 T = TypeVar("T")
 
@@ -35,6 +36,8 @@ PROBES = (
 
 MIN_SAVED_TOKENS = 64
 """An opening that rows share is read apart if that many tokens need not be read again."""
+HEAD_ROWS = 64
+"""Rows that a head's products are packed for; it is as fast for others."""
 PLAIN_ATTENTION_TOKENS = 512
 """Up to this length a CPU trains with plain attention, whose scores grow with its square."""
 
@@ -165,19 +168,27 @@ def _precise_linear(linear: Any, hidden_CD: Tensor) -> Tensor:
     weight, bias = _precise(linear.weight), linear.bias
     with torch.autocast(hidden_CD.device.type, enabled=False):
         bias = None if bias is None else bias.to(weight.dtype)
-        return functional.linear(hidden_CD.to(weight.dtype), weight, bias)
+        hidden_CD = hidden_CD.to(weight.dtype)
+        if weight.requires_grad:
+            return functional.linear(hidden_CD, weight, bias)
+        return frozen_product(hidden_CD, weight, bias, linear.weight)
 
 
 _PRECISE: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _precise(weight: Tensor) -> Tensor:
-    """The weight in float32 at least; kept while it does not move, since it is used so often."""
+    """The weight in float32 at least; kept while it does not move, since it is used so often.
+
+    What is kept is packed where that can be: nothing but products is done with it.
+    """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     if weight.dtype == dtype or weight.requires_grad:
         return weight.to(dtype)
     if weight not in _PRECISE or _PRECISE[weight][0] != weight._version:
-        _PRECISE[weight] = (weight._version, weight.detach().to(dtype))
+        precise = weight.detach().to(dtype)
+        kept = pack(precise, HEAD_ROWS) if can_pack(precise) else precise
+        _PRECISE[weight] = (weight._version, kept)
     return _PRECISE[weight][1]
 
 

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -60,4 +60,13 @@ class RolloutEngine(Protocol):
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
         """One response for each prompt, in their order."""
+        ...
+
+
+@runtime_checkable
+class Resting(Protocol):
+    """An engine that can do with less memory while nobody asks it."""
+
+    def rest(self) -> None:
+        """Nothing is asked until the next `use`; what that makes anew need not be kept."""
         ...

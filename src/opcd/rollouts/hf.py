@@ -37,6 +37,7 @@ from opcd.prefix_cache import (
 )
 from opcd.prefix_store import PrefixStore
 from opcd.rollouts.engine import Policy, Prompt, Sampling
+from opcd.rollouts.packing import PackedLinear, load_weights, pack_linears
 from opcd.sharding import whole
 from opcd.types import Rollout
 
@@ -74,6 +75,7 @@ class HFEngine:
         self._batch_rows = batch_rows
         self._policy: Policy | None = None
         self._copy: Any = None
+        self._packed: dict[str, PackedLinear] = {}
         self._copied: tuple[Policy, int, int] | None = None
         """Whose weights the copy has: the version, and how often they were written to. Training
         gives each step a version, but weights may also be loaded in between."""
@@ -100,15 +102,20 @@ class HFEngine:
             self._prefixes["student"] = PrefixStore(self._copy, read, most_bytes)
             if in_shards(self._base):
                 self._prefixes["base"] = PrefixStore(self._copy, read, most_bytes)
-        own = dict(self._copy.named_parameters())
         source = self._student if policy == "student" else self._base
-        for name, weight in merged_weights(source, policy):
-            values = whole(weight)
-            if own[name].data_ptr() != values.data_ptr():
-                own[name].copy_(values)
+        weights = ((name, whole(weight)) for name, weight in merged_weights(source, policy))
+        load_weights(self._copy, self._packed, weights)
         self._copied = copied
         if policy == "student":
             self._prefixes["student"].clear()
+
+    def rest(self) -> None:
+        """Let go of the weights that the next version will bring anew."""
+        if self._packed:
+            self._copied = None
+            self._prefixes["student"].clear()
+        for layer in self._packed.values():
+            layer.load(None)
 
     def _make_copy(self) -> Any:
         plain = causal_model(self._student)
@@ -117,6 +124,9 @@ class HFEngine:
             copy: Any = AutoModelForCausalLM.from_config(plain.config, dtype=self._dtype)
         copy.to(plain.device).eval().requires_grad_(False)
         share_frozen(self._student, copy)
+        shared = {weight.data_ptr() for weight in plain.parameters()}
+        head = copy.get_output_embeddings()
+        self._packed = pack_linears(copy, {*shared, head.weight.data_ptr()})
         return copy
 
     @property
