@@ -103,6 +103,7 @@ def launch(plan: Path) -> list[tuple[int, str]]:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    there |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
     there |= {"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     script = Path(__file__).with_name("launched.py")
     started = [
@@ -135,6 +136,7 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> Ends:
     begun = found.folder_of("fsdp_resumed", 2)
     shutil.copytree(found.folder_of("fsdp_resumed", 1).path, begun.path)
     shutil.rmtree(checkpoint.latest(begun.checkpoints))
+    begun.config.write_text(dump_config(found.run("fsdp_resumed", 2)), encoding="utf-8")
     both = launch(found.plan())
     found.codes, found.said = [code for code, _ in both], [text for _, text in both]
     return found
