@@ -22,6 +22,7 @@ from opcd.openings import Openings
 from opcd.rendering import common_prefix
 from opcd.rollouts.hf import HFEngine
 from opcd.tally import peak_bytes
+from opcd.teachers import LocalTeacher
 from opcd.training import flushed_denormals, prepare
 
 PORTION_ROWS = 4
@@ -79,8 +80,14 @@ def assemble_parts(folder: Path, load: workload.Workload) -> Parts:
             replace(item, pair=replace(item.pair, teacher_ids=item.pair.student_ids))
             for item in parts.items["train"]
         ]
-        parts.teacher.openings = Openings()
+        teacher_of(parts).openings = Openings()
     return parts
+
+
+def teacher_of(parts: Parts) -> LocalTeacher:
+    """The teacher, which is no server's."""
+    assert isinstance(parts.teacher, LocalTeacher), "it is on a server"
+    return parts.teacher
 
 
 def count_tokens(parts: Parts) -> dict[str, int]:
@@ -96,12 +103,13 @@ def count_tokens(parts: Parts) -> dict[str, int]:
 
 def read_context(parts: Parts) -> float:
     """Seconds to read the context once and to check it, as a run does before its first step."""
-    parts.teacher.prefixes.clear()
-    known = next(iter(parts.teacher.openings.known))
+    teacher = teacher_of(parts)
+    teacher.prefixes.clear()
+    known = next(iter(teacher.openings.known))
     prompts = [item.pair.teacher_ids for item in parts.items["train"]]
     probe = next(ids for ids in prompts if ids[: len(known)] == known)
     started = time.perf_counter()
-    parts.teacher.share(parts.teacher.openings, probe)
+    teacher.share(teacher.openings, probe)
     return time.perf_counter() - started
 
 

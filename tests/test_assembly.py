@@ -15,7 +15,7 @@ from opcd.drawing import roll_out
 from opcd.prefix_cache import token_bytes
 from opcd.tally import Tally
 from opcd.training import prepare
-from tiny import log_probs_of, make_run, nudge
+from tiny import log_probs_of, make_run, nudge, teacher_of
 from worlds import write_jsonl
 
 FEW = ("model.tuning={type='lora', rank=4}", "anchor.share=0", "batch.prompts_per_step=6")
@@ -46,7 +46,7 @@ def test_each_context_of_a_pool_is_read_once(tiny_model_path: Path, tmp_path: Pa
     assert note == f"3 shared contexts of {lengths[0]} to {lengths[-1]} tokens are read once each"
     for item in parts.items["train"]:
         assert openings.of(item.pair.teacher_ids) in lengths
-    teacher = parts.teacher
+    teacher = teacher_of(parts)
     for step in range(3):
         answered = roll_out(parts, step).answered
         _, batch = batch_of(parts, answered)
@@ -75,9 +75,9 @@ def test_gradients_do_not_depend_on_what_is_read_once(
 ) -> None:
     run = pool_run(tmp_path, tiny_model_path)
     whole, pooled = assemble(run), assemble(run)
-    whole.teacher.whole = "as if it could not"
+    teacher_of(whole).whole = "as if it could not"
     wanted, found = gradients(whole), gradients(pooled)
-    assert (whole.teacher.prefixes.reads, pooled.teacher.prefixes.reads) == (1, 3)
+    assert (teacher_of(whole).prefixes.reads, teacher_of(pooled).prefixes.reads) == (1, 3)
     assert max(g.abs().max() for g in wanted.values()) > 1e-3
     for name, gradient in wanted.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5)
@@ -89,9 +89,9 @@ def test_contexts_that_do_not_fit_are_said_to_be_read_again(
     """By the bytes that they really take."""
     roomy = assemble(pool_run(tmp_path, tiny_model_path))
     for ids in roomy.teacher.openings.known:
-        roomy.teacher.prefixes.get(ids)
+        teacher_of(roomy).prefixes.get(ids)
     held = roomy.teacher.openings.tokens * token_bytes(roomy.student)
-    assert roomy.teacher.prefixes.bytes == held
+    assert teacher_of(roomy).prefixes.bytes == held
     for share, notes in ((1.01, 1), (0.5, 2)):
         gib = f"batch.prefix_gib={share * held / 2**30:.9f}"
         parts = assemble(pool_run(tmp_path, tiny_model_path, gib))

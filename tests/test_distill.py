@@ -29,7 +29,7 @@ from opcd.items import with_context
 from opcd.tally import Tally
 from opcd.training import prepare
 from opcd.types import Context, PromptPair, Rollout
-from tiny import log_probs_of, make_game_run, make_run, nudge, parts_of, reverse_kl
+from tiny import log_probs_of, make_game_run, make_run, nudge, parts_of, reverse_kl, teacher_of
 from worlds import tiny_llama, tokenizer
 
 PLAIN = ("optimizer.schedule=constant", "optimizer.warmup_steps=0", "optimizer.lr=0.01")
@@ -212,10 +212,11 @@ def test_a_teacher_scores_its_own_answers_without_reading_them_again(
 
 def break_teacher(parts: Parts) -> Iterator[None]:
     """The teacher's logits are not finite until the iterator goes on."""
-    head = parts.teacher.head
-    parts.teacher.head = lambda hidden_CD: head(hidden_CD) * math.nan
+    teacher = teacher_of(parts)
+    head = teacher.head
+    teacher.head = lambda hidden_CD: head(hidden_CD) * math.nan
     yield
-    parts.teacher.head = head
+    teacher.head = head
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler")
@@ -344,7 +345,8 @@ def test_items_given_another_context_are_scored_with_that_one(
     others = with_context(parts.renderer, parts.items["test"], Context(system="Answer in prose."))
     for items in (parts.items["test"], others):
         answered = [Answered(item.pair, Rollout(item.task.id, (9, 12, 2), True)) for item in items]
-        teacher, batch = batch_of(parts, answered)
+        _, batch = batch_of(parts, answered)
+        teacher = teacher_of(parts)
         hidden_TD = teacher.hidden(batch.teacher)
         found_TV = teacher.head(hidden_TD).log_softmax(-1)
         with torch.no_grad(), adapter_off(parts.student):

@@ -26,6 +26,7 @@ from opcd.programs import gap_of
 from opcd.rollouts.engine import Prompt
 from opcd.rollouts.scripted import ScriptedEngine
 from opcd.runs import write_json
+from opcd.teachers import LocalTeacher
 from opcd.types import PromptPair, Rollout
 from worlds import END_ID, SPECIALS, tiny_llama, write_jsonl
 
@@ -222,3 +223,9 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], obj
 
 def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def teacher_of(parts: Parts) -> LocalTeacher:
+    """The tasks' teacher of a run that has no server for one."""
+    assert isinstance(parts.teacher, LocalTeacher), "it is on a server"
+    return parts.teacher
