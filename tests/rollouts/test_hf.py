@@ -255,7 +255,7 @@ def test_weights_that_have_not_moved_are_copied_once(
     student = tune(tiny_llama(), Full(), 0).eval()
     engine, copies = engine_of(student), []
     real = hf.merged_weights
-    monkeypatch.setattr(hf, "merged_weights", lambda of: copies.append(of) or real(of))
+    monkeypatch.setattr(hf, "merged_weights", lambda *of: copies.append(of) or real(*of))
     first = answers(engine, PROMPTS, Sampling())
     engine.use("base", 0)
     engine.use("student", 0)
