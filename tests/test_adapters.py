@@ -147,3 +147,86 @@ def test_an_adapter_that_is_off_is_still_trained() -> None:
             pass
         assert torch.equal(logits(model), logits(tiny_llama()))
     assert not torch.equal(logits(model), logits(tiny_llama()))
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    """Of some loss, for every weight in training."""
+    ids_BS = torch.arange(24).view(2, 12)
+    model.zero_grad()
+    (model(input_ids=ids_BS).logits.float() ** 2).mean().backward()
+    return {name: p.grad.clone() for name, p in trainable(model).items() if p.grad is not None}
+
+
+def slow_down(model: Any) -> None:
+    """Give every module its own class's `forward` back."""
+    for module in model.modules():
+        module.__dict__.pop("forward", None)
+
+
+def test_fewer_steps_compute_what_peft_does() -> None:
+    """Logits and all gradients, with the adapter on and off."""
+    model = tuned(LORA)
+    quick = logits(model), gradients(model)
+    with adapter_off(model):
+        base = logits(model)
+    assert sum("forward" in module.__dict__ for module in model.modules()) > 7
+    slow_down(model)
+    torch.testing.assert_close(quick[0], logits(model), rtol=1e-4, atol=1e-5)
+    with adapter_off(model):
+        torch.testing.assert_close(base, logits(model), rtol=1e-4, atol=1e-5)
+    slow = gradients(model)
+    assert quick[1].keys() == slow.keys() == trainable(model).keys()
+    for name, gradient in slow.items():
+        torch.testing.assert_close(quick[1][name], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_in_bfloat16_fewer_steps_are_as_near_to_the_truth_as_peft() -> None:
+    """Float32 adapters on bfloat16 weights under autocast, as in a run; the truth is float32."""
+    exact, model = tuned(LORA), tuned(LORA)
+    for name, p in model.named_parameters():
+        p.data = p.data if ".lora_" in name else p.data.bfloat16()
+    truth = gradients(exact)
+
+    def errors() -> dict[str, float]:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = gradients(model)
+        return {name: (found[name] - truth[name]).norm().item() for name in truth}
+
+    quick = errors()
+    slow_down(model)
+    slow = errors()
+    assert sum(quick.values()) <= 1.2 * sum(slow.values())
+
+
+def test_what_peft_alone_knows_is_left_to_it() -> None:
+    """Dropout draws as PEFT draws; a merged adapter is not added a second time."""
+    model = tuned(Lora(rank=4, dropout=0.5)).train()
+    torch.manual_seed(1)
+    found = gradients(model)
+    slow_down(model)
+    torch.manual_seed(1)
+    for name, gradient in gradients(model).items():
+        assert torch.equal(found[name], gradient), name
+    model = tuned(LORA)
+    wanted = logits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_block_that_only_looks_gated_keeps_its_own_way() -> None:
+    """Its parts have the same names, but it computes something else."""
+    plain = tiny_llama()
+    block = type(plain.model.layers[0].mlp)
+
+    class Other(block):
+        """With twice the sum."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    for layer in plain.model.layers:
+        layer.mlp.__class__ = Other
+    before = logits(plain)
+    model = tune(plain, Lora(rank=4), 0)
+    torch.testing.assert_close(logits(model), before)
+    assert "forward" not in causal_model(model).model.layers[0].mlp.__dict__

@@ -1,4 +1,4 @@
-"""`benchmarks/`: which figures a run may print, what a step needs at the least, what the page says."""
+"""`benchmarks/`: which figures may be printed, what a step needs at the least, the page."""
 
 import json
 from pathlib import Path

@@ -12,6 +12,7 @@ from opcd.products import (
     adapted_product,
     can_pack,
     frozen_product,
+    gated_product,
     pack,
     packed_product,
     product,
@@ -104,3 +105,19 @@ def test_gradients_may_meet_the_weight_in_another_dtype() -> None:
     (found,) = torch.autograd.grad(frozen_product(x, stored.float(), None, stored), x, gradient)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, gradient @ stored.float(), rtol=2e-2, atol=1e-1)
+
+
+def test_what_a_gate_lets_through_is_computed_again() -> None:
+    """The same value and gradients as without the shortcut, by finite differences too."""
+    weight, bias = numbers(4, 6), numbers(4)
+    parts = [numbers(3, 6), numbers(3, 6, seed=1), numbers(2, 6, seed=2), numbers(4, 2, seed=3)]
+    gate, value, down, up = (part.requires_grad_() for part in parts)
+
+    def run(gate: Any, value: Any, down: Any, up: Any) -> Any:
+        return gated_product(gate, value, weight, bias, (down, up, 0.7))
+
+    assert gradcheck(run, (gate, value, down, up))
+    opened = functional.silu(gate) * value
+    torch.testing.assert_close(
+        run(gate, value, down, up), adapted_product(opened, weight, bias, (down, up, 0.7))
+    )

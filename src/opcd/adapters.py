@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from opcd.config.training import Full, Lora
 from opcd.errors import ModelError
-from opcd.products import adapted_product, product
+from opcd.products import Adapter, adapted_product, gated_product, product
 
 
 def tune(model: Any, tuning: Lora | Full, seed: int) -> Any:
@@ -72,27 +72,68 @@ def tune(model: Any, tuning: Lora | Full, seed: int) -> Any:
 
 
 def speed_up(model: nn.Module) -> None:
-    """Let the LoRA layers of a model compute in fewer steps than PEFT's own do."""
+    """Let the LoRA layers of a model, and its gated blocks of them, compute in fewer steps."""
     for layer in model.modules():
         if type(layer) is LoraLinear and type(layer.base_layer) is nn.Linear:
             layer.forward = partial(_adapted_forward, layer)
+    for block in model.modules():
+        if _is_gated(block):
+            block.forward = partial(_gated_forward, block)
 
 
 def _adapted_forward(layer: Any, x: Tensor, *extra: Any, **named: Any) -> Tensor:
-    weight, bias = layer.base_layer.weight, layer.base_layer.bias
-    # Dropout, DoRA, several adapters, a weight in training, mixed dtypes: PEFT's own knows how.
-    is_usual = not (
-        extra or named or layer.merged or layer.lora_variant or weight.requires_grad
-    ) and x.dtype == weight.dtype == _autocast_dtype(weight)
-    if is_usual and layer.disable_adapters and not x.requires_grad:
-        return product(x, weight, bias)
-    is_one = layer.active_adapters == ["default"] and set(layer.lora_A) == {"default"}
-    if not is_usual or layer.disable_adapters or not is_one:
-        return type(layer).forward(layer, x, *extra, **named)
-    if type(layer.lora_dropout["default"]) is not nn.Identity:
-        return type(layer).forward(layer, x)
-    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    return adapted_product(x, weight, bias, (down, up, layer.scaling["default"]))
+    base = layer.base_layer
+    if not extra and not named and x.dtype == base.weight.dtype:
+        if layer.disable_adapters and not x.requires_grad and _is_plain(layer):
+            return product(x, base.weight, base.bias)
+        if adapter := _only_adapter(layer):
+            return adapted_product(x, base.weight, base.bias, adapter)
+    return type(layer).forward(layer, x, *extra, **named)
+
+
+def _gated_forward(block: Any, x: Tensor) -> Tensor:
+    layer = block.down_proj
+    base, adapter = layer.base_layer, _only_adapter(layer)
+    gate, value = block.gate_proj(x), block.up_proj(x)
+    if adapter and gate.dtype == value.dtype == base.weight.dtype:
+        return gated_product(gate, value, base.weight, base.bias, adapter)
+    return layer(block.act_fn(gate) * value)
+
+
+@torch.no_grad()
+def _is_gated(block: Any) -> bool:
+    """Whether a block is `down(silu(gate(x)) * up(x))`, by its parts and by what it computes."""
+    names = ("gate_proj", "up_proj", "down_proj")
+    layers = [getattr(block, name, None) for name in names]
+    if {name for name, _ in block.named_children()} != {*names, "act_fn"}:
+        return False
+    if not all(type(layer) is LoraLinear for layer in layers):
+        return False
+    weight = block.gate_proj.base_layer.weight
+    x = torch.linspace(-1.0, 1.0, weight.shape[1]).to(weight).unsqueeze(0)
+    opened = nn.functional.silu(block.gate_proj(x)) * block.up_proj(x)
+    return torch.equal(block(x), block.down_proj(opened))
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether nothing but a frozen product is asked of a layer without its adapter."""
+    weight = layer.base_layer.weight
+    return not (layer.merged or weight.requires_grad) and weight.dtype == _autocast_dtype(weight)
+
+
+def _only_adapter(layer: Any) -> Adapter | None:
+    """A layer's one adapter; `None` where there is more to do than PEFT's plain sum.
+
+    With dropout, DoRA, several adapters or none, a weight in training or mixed dtypes, PEFT's own
+    `forward` knows what to do.
+    """
+    names, names_in_use = list(layer.lora_A), layer.active_adapters
+    if layer.disable_adapters or names != names_in_use or len(names) != 1 or layer.lora_variant:
+        return None
+    (name,) = names
+    if not _is_plain(layer) or type(layer.lora_dropout[name]) is not nn.Identity:
+        return None
+    return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
 
 
 def _autocast_dtype(weight: Tensor) -> torch.dtype:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter, functional
 
+Adapter = tuple[Tensor, Tensor, float]
+"""`A`, `B` and `s` of a low-rank adapter."""
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 PACKED = (torch.float32, torch.bfloat16)
 """Dtypes that oneDNN packs here."""
@@ -60,7 +62,7 @@ def adapted_product(
     x: Tensor,
     weight_OI: Tensor,
     bias_O: Tensor | None,
-    adapter: tuple[Tensor, Tensor, float],
+    adapter: Adapter,
 ) -> Tensor:
     """`x W' + b + s (x A') B'`, with gradients for `x`, `A` and `B`; `W` and `b` are frozen.
 
@@ -71,6 +73,25 @@ def adapted_product(
         adapter: `A`, `B` and `s`.
     """
     return _Adapted.apply(x, weight_OI, bias_O, *adapter)
+
+
+def gated_product(
+    gate: Tensor,
+    value: Tensor,
+    weight_OI: Tensor,
+    bias_O: Tensor | None,
+    adapter: Adapter,
+) -> Tensor:
+    """`adapted_product` of `silu(gate) * value`, which is not kept but computed again.
+
+    Args:
+        gate: activations that open or close the others.
+        value: the others, in the same shape and in the weight's dtype, as the gate is.
+        weight_OI: the frozen weight.
+        bias_O: the frozen bias.
+        adapter: `A`, `B` and `s`.
+    """
+    return _Gated.apply(gate, value, weight_OI, bias_O, *adapter)
 
 
 class _Frozen(torch.autograd.Function):
@@ -100,11 +121,8 @@ class _Adapted(torch.autograd.Function):
         up_OR: Tensor,
         scale: float,
     ) -> Tensor:
-        dtype = weight_OI.dtype
-        x_TI = x.reshape(-1, x.shape[-1]).to(dtype)
-        inner_TR = functional.linear(x_TI, down_RI.to(dtype))
-        y_TO = product(x_TI, weight_OI, bias_O)
-        y_TO.addmm_(inner_TR, up_OR.to(dtype).t(), alpha=scale)
+        x_TI = x.reshape(-1, x.shape[-1]).to(weight_OI.dtype)
+        y_TO, inner_TR = _multiply(x_TI, weight_OI, bias_O, (down_RI, up_OR, scale))
         ctx.save_for_backward(x_TI, inner_TR, weight_OI, down_RI, up_OR)
         ctx.scale, ctx.shape, ctx.dtype = scale, x.shape, x.dtype
         return y_TO.view(*x.shape[:-1], -1)
@@ -112,17 +130,62 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         x_TI, inner_TR, weight_OI, down_RI, up_OR = ctx.saved_tensors
-        dtype = weight_OI.dtype
-        grad_TO = gradients[0].reshape(-1, weight_OI.shape[0]).to(dtype)
-        back_TR = (grad_TO @ up_OR.to(dtype)).mul_(ctx.scale)
-        grad_up_OR = torch.mm(inner_TR.t(), grad_TO).t().mul(ctx.scale).to(up_OR.dtype)
-        grad_down_RI = torch.mm(back_TR.t(), x_TI).to(down_RI.dtype)
+        adapter = down_RI, up_OR, ctx.scale
+        grad_TO = gradients[0].reshape(-1, weight_OI.shape[0]).to(weight_OI.dtype)
+        back_TR, *of_adapter = _adapter_gradients(grad_TO, x_TI, inner_TR, adapter)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_TI = product(grad_TO, weight_OI.t())
-            grad_TI.addmm_(back_TR, down_RI.to(dtype))
+            grad_TI = _way_back(grad_TO, back_TR, weight_OI, down_RI)
             grad_x = grad_TI.view(ctx.shape).to(ctx.dtype)
-        return grad_x, None, None, grad_down_RI, grad_up_OR, None
+        return grad_x, None, None, *of_adapter, None
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, value: Tensor, *layer: Any) -> Tensor:
+        weight_OI, bias_O, down_RI, up_OR, scale = layer
+        x_TI = functional.silu(gate).mul_(value).reshape(-1, gate.shape[-1])
+        y_TO, inner_TR = _multiply(x_TI, weight_OI, bias_O, (down_RI, up_OR, scale))
+        ctx.save_for_backward(gate, value, inner_TR, weight_OI, down_RI, up_OR)
+        ctx.scale = scale
+        return y_TO.view(*gate.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        gate, value, inner_TR, weight_OI, down_RI, up_OR = ctx.saved_tensors
+        opened = functional.silu(gate)
+        x_TI = (opened * value).reshape(-1, gate.shape[-1])
+        adapter = down_RI, up_OR, ctx.scale
+        grad_TO = gradients[0].reshape(-1, weight_OI.shape[0]).to(weight_OI.dtype)
+        back_TR, *of_adapter = _adapter_gradients(grad_TO, x_TI, inner_TR, adapter)
+        grad_x = _way_back(grad_TO, back_TR, weight_OI, down_RI).view_as(gate)
+        grad_value = opened.mul_(grad_x)
+        grad_gate = torch.ops.aten.silu_backward(grad_x.mul_(value), gate)
+        return grad_gate, grad_value, None, None, *of_adapter, None
+
+
+def _multiply(
+    x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, adapter: Adapter
+) -> tuple[Tensor, Tensor]:
+    """The product with the adapter's part, and what came between `A` and `B`."""
+    down_RI, up_OR, scale = adapter
+    inner_TR = functional.linear(x_TI, down_RI.to(x_TI.dtype))
+    y_TO = product(x_TI, weight_OI, bias_O)
+    return y_TO.addmm_(inner_TR, up_OR.to(x_TI.dtype).t(), alpha=scale), inner_TR
+
+
+def _adapter_gradients(
+    grad_TO: Tensor, x_TI: Tensor, inner_TR: Tensor, adapter: Adapter
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient between `A` and `B`, and those of both."""
+    down_RI, up_OR, scale = adapter
+    back_TR = (grad_TO @ up_OR.to(grad_TO.dtype)).mul_(scale)
+    grad_up_OR = torch.mm(inner_TR.t(), grad_TO).t().mul(scale).to(up_OR.dtype)
+    return back_TR, torch.mm(back_TR.t(), x_TI).to(down_RI.dtype), grad_up_OR
+
+
+def _way_back(grad_TO: Tensor, back_TR: Tensor, weight_OI: Tensor, down_RI: Tensor) -> Tensor:
+    return product(grad_TO, weight_OI.t()).addmm_(back_TR, down_RI.to(grad_TO.dtype))
 
 
 def _onednn(x: Tensor, weight: Tensor, bias_O: Tensor | None) -> Tensor:
