@@ -25,7 +25,7 @@ from opcd.drawing import draw_pairs
 from opcd.errors import CostsError, RunFolderError
 from opcd.items import Item
 from opcd.models import why_no_prefix
-from opcd.openings import MIN_PREFIX_TOKENS
+from opcd.openings import MIN_PREFIX_TOKENS, Openings
 from opcd.prefix_cache import read_prefix
 from opcd.programs import open_baked, read_evaluation
 from opcd.rendering import common_prefix
@@ -86,7 +86,7 @@ def cost_run(
     base, baked = plain_models(parts)
     sharing = find_sharing(base, items)
     requests = mean_requests(items, sharing, response_tokens(path, metrics))
-    training = count_training(parts, metrics)
+    training = count_training(parts, metrics, config.teacher.type == "remote")
     prompt = prompt_figures([item.pair for item in items], len(sharing.ids))
     served = serve(base, baked, items, sharing)
     tokens = parts.config.rollout.max_new_tokens
@@ -186,18 +186,23 @@ def kv_shape(model: Any) -> KvShape:
     )
 
 
-def count_training(parts: Parts, metrics: Sequence[Row]) -> list[Row]:
+def count_training(parts: Parts, metrics: Sequence[Row], on_server: bool) -> list[Row]:
     """Tokens and seconds of the steps that were done; their prompts are drawn once more.
 
     As one process draws them: several, whose shares are rounded apart, may have had the teacher
     answer a prompt more or less.
+
+    Args:
+        parts: the run.
+        metrics: a row of each step.
+        on_server: whether the teacher was a server, which reads each prompt whole.
     """
     steps = [StepPrompts(*draw_pairs(parts, row["step"])) for row in metrics]
     most: dict[Origin, int] = {
         "anchor": parts.config.anchor.max_new_tokens,
         "context_return": parts.config.rollout.max_new_tokens,
     }
-    openings = parts.teacher.openings
+    openings = Openings() if on_server else parts.teacher.openings
     return training_rows(steps, metrics, lambda ids: ids[: openings.of(ids)], most)
 
 

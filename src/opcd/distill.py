@@ -7,11 +7,11 @@ teacher, who sees it, scores those very tokens; one optimiser step towards the t
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import torch
 from accelerate.utils import gather_object
@@ -25,7 +25,7 @@ from opcd.coaching import coach_rollouts, count_empty
 from opcd.config.rollouts import VllmRollout
 from opcd.config.training import Direction, Loss
 from opcd.divergence import TokenStats
-from opcd.drawing import Rollouts, roll_out
+from opcd.drawing import Rollouts, answer_as_teacher, roll_out
 from opcd.errors import DivergedError, RolloutError, ServerError
 from opcd.launch import most
 from opcd.remote import RemoteTeacher
@@ -34,6 +34,9 @@ from opcd.sharding import summing_later, whole
 from opcd.tally import Tally, release_memory
 from opcd.teachers import LocalTeacher
 from opcd.types import Answered, Origin
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,20 +98,33 @@ def answer_step(parts: Parts, step: int) -> Rollouts:
 
     Raises:
         ServerError: a server is gone.
-        RolloutError: the same, in one of several processes; all of them are told.
+        RolloutError: the same, or a game that does not fit, in one of several processes; all of
+            them are told.
     """
+    # The teachers' answers first: what they meet is told before the engine is used again, which
+    # all processes do together.
+    agreed(parts, lambda: answer_as_teacher(parts, step))
+    return agreed(parts, lambda: coach_rollouts(parts, roll_out(parts, step), step))
+
+
+def agreed(parts: Parts, work: Callable[[], T]) -> T:
+    """What a process makes, unless one of several processes met trouble.
+
+    Raises:
+        ServerError: a server is gone.
+        RolloutError: in some process there was trouble; all of them are told.
+    """
+    if parts.accelerator.num_processes == 1:
+        return work()
+    done: list[T] = []
     trouble = ""
     try:
-        rollouts = coach_rollouts(parts, roll_out(parts, step), step)
-    except ServerError as error:
-        if parts.accelerator.num_processes == 1:
-            raise
-        rollouts, trouble = Rollouts([]), str(error)
-    if parts.servers and parts.accelerator.num_processes > 1:
-        troubles = gather_object([trouble])
-        if first := next(filter(None, troubles), ""):
-            raise RolloutError(first)
-    return rollouts
+        done.append(work())
+    except (RolloutError, ServerError) as error:
+        trouble = str(error)
+    if first := next(filter(None, gather_object([trouble])), ""):
+        raise RolloutError(first)
+    return done[0]
 
 
 def count_rollouts(parts: Parts, rollouts: Rollouts, tally: Tally) -> None:
@@ -162,11 +178,11 @@ def accumulate(parts: Parts, answered: Sequence[Answered], loss: Loss, tally: Ta
     portions = portions_of(parts, answered)
     total = tally.sums["sequences" if loss.reduction == "sequence" else "tokens"]
     parts.distiller.train()
-    for portion in portions:
+    for place, portion in enumerate(portions, start=1):
         teacher, batch = batch_of(parts, portion.answered, portion.origin)
         with tally.timed("teacher_s"):
             scored = score_of(teacher, portion.answered, batch)
-        waits = portion is not portions[-1]
+        waits = place < len(portions)
         with (
             tally.timed("train_s"),
             summing_later(parts.distiller) if waits else nullcontext(),

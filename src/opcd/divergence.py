@@ -236,7 +236,8 @@ def restrict_listed(log_probs_CK: Tensor, tail: str) -> Tensor:
         return log_probs_CK - log_probs_CK.logsumexp(-1, keepdim=True)
     if tail == "drop":
         return log_probs_CK
-    inside_C1 = log_probs_CK.double().exp().sum(-1, keepdim=True)
+    precise = torch.float32 if log_probs_CK.device.type == "mps" else torch.float64
+    inside_C1 = log_probs_CK.to(precise).exp().sum(-1, keepdim=True)
     # Sums of float32 probabilities miss 1 by as much, so no rest is known to be smaller.
     rest_C1 = (1.0 - inside_C1).clamp(min=MIN_REST).log()
     return torch.cat([log_probs_CK, rest_C1.to(log_probs_CK)], dim=-1)

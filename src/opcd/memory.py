@@ -159,7 +159,7 @@ def held(run: Run, at: Layout) -> list[Part]:
             Part("weights, float32", 4 * trained),
             Part("gradients", 4 * trained),
             Part("AdamW", 8 * trained),
-            Part("copy that answers", at.element * shape.parameters),
+            Part("copy that answers", at.element * shape.parameters * _answers_here(run)),
             Part("base model", _frozen_bytes(shape, share, at.element)),
         ]
     else:
@@ -172,7 +172,7 @@ def held(run: Run, at: Layout) -> list[Part]:
         parts = [
             Part("weights", _frozen_bytes(shape, share, at.element)),
             Part("adapter, its gradients, AdamW", 16 * adapter * share),
-            Part("copy that answers", at.element * copied),
+            Part("copy that answers", at.element * copied * _answers_here(run)),
         ]
     if at.processes > 1 and not at.sharded:
         trained = shape.parameters if full else adapter_parameters(run, shape)
@@ -182,9 +182,10 @@ def held(run: Run, at: Layout) -> list[Part]:
     if moving:
         shadowed = shape.parameters if full else adapter_parameters(run, shape)
         parts.append(Part("the teacher's own weights", 4 * shadowed * share))
-    heads = [shape] * (2 if full else 1)
     other = getattr(run.teacher, "path", None)
-    heads += [shape_of(other)] if other else []
+    apart = run.teacher.type == "frozen" and (other or not full)
+    heads = [shape] * (2 if full else 1)
+    heads += [shape_of(other or run.model.path)] if apart else []
     if at.element < 4:
         parts.append(Part("heads in float32", sum(4.0 * one.embedding for one in heads)))
     prefix = at.context_tokens * shape_of(other or run.model.path).kv_elements * at.element
@@ -197,11 +198,18 @@ def _frozen_bytes(shape: Shape, share: float, element: int) -> float:
     return element * (shape.of_layers * share + outside)
 
 
+def _answers_here(run: Run) -> bool:
+    """Whether the trainer draws answers itself; else servers do."""
+    return run.rollout.type == "hf"
+
+
 def _teacher(run: Run, at: Layout, share: float) -> list[Part]:
     other = getattr(run.teacher, "path", None)
-    if run.teacher.type != "frozen" or not other:
+    # Of all weights in training, the first ones are the base model, which is counted already.
+    if run.teacher.type != "frozen" or (run.model.tuning.type == "full" and not other):
         return []
-    return [Part("teacher", _frozen_bytes(shape_of(other), share, at.element))]
+    shape = shape_of(other or run.model.path)
+    return [Part("teacher", _frozen_bytes(shape, share, at.element))]
 
 
 def passing(run: Run, at: Layout) -> list[Part]:
@@ -212,6 +220,7 @@ def passing(run: Run, at: Layout) -> list[Part]:
     share = 1 / at.processes if at.sharded else 1.0
     # Probabilities, and their sums in float64, of each row at one time.
     drawing = rows * (reach * shape.kv_elements * at.element + 20 * shape.vocabulary)
+    drawing *= _answers_here(run)
     trained = shape.parameters if full else adapter_parameters(run, shape)
     return [
         Part("drawing answers: keys and values", drawing, passing=True),

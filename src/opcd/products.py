@@ -43,9 +43,11 @@ def frozen_product(
 
 
 def can_pack(weight_OI: Tensor) -> bool:
-    """Whether `pack` takes this weight: a plain one, on a CPU, in one of two dtypes."""
+    """Whether `pack` takes this weight: a plain one, on a CPU, in a dtype that it multiplies in."""
     is_plain = type(weight_OI) in (Tensor, Parameter) and weight_OI.device.type == "cpu"
-    return HAS_ONEDNN and is_plain and weight_OI.dtype in PACKED
+    if not (HAS_ONEDNN and is_plain and weight_OI.dtype in PACKED):
+        return False
+    return weight_OI.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def pack(weight_OI: Tensor, rows: int) -> Tensor:

@@ -123,7 +123,7 @@ def _probe(
     except Refusal as refusal:
         raise ConfigError(
             f"{server.url} does not answer token ids with token ids: {refusal}; give the address "
-            "of a vLLM server (0.10.2 or later) as rollout.servers"
+            "of a vLLM server (0.11 or later) as rollout.servers"
         ) from None
 
 

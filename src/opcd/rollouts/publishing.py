@@ -133,7 +133,13 @@ class AdapterPublisher:
             ServerError: it does not take it, or does not know the base model either.
         """
         with self._restoring:
-            known = server.ask("/v1/models", read=lambda reply: {m["id"] for m in reply["data"]})
+            try:
+                known = server.ask("/v1/models", read=names_of)
+            except Refusal as refusal:
+                raise ServerError(
+                    f"{server.url} does not tell which models it has: {refusal}; see to the "
+                    "server, then continue with --resume"
+                ) from None
             if self._path is None or self.model not in {self._path.name, *known}:
                 raise ServerError(
                     f"{server.url} has {sorted(known)} and not {self.model!r}; see to the server, "
@@ -190,8 +196,18 @@ class WeightPublisher:
         self._once(self._send)
 
     def has_lost(self, server: Server) -> bool:
-        """Whether a server has other weights than it was given, as after a restart."""
-        told = server.ask("/weight_info", read=lambda reply: str(reply["weight_version"]))
+        """Whether a server has other weights than it was given, as after a restart.
+
+        Raises:
+            ServerError: it does not tell.
+        """
+        try:
+            told = server.ask("/weight_info", read=lambda reply: str(reply["weight_version"]))
+        except Refusal as refusal:
+            raise ServerError(
+                f"{server.url} does not tell which weights it has: {refusal}; start it with "
+                "VLLM_SERVER_DEV_MODE=1 in its environment, then continue with --resume"
+            ) from None
         return told != self._version
 
     def restore(self, server: Server) -> None:
@@ -236,6 +252,11 @@ def load_adapter(server: Server, path: Path) -> None:
         # As after an answer that did not come through.
         if "already been loaded" not in refusal.said:
             raise ServerError(why_no_adapter(server, path, refusal)) from None
+
+
+def names_of(reply: Any) -> set[str]:
+    """The models that a server says it has."""
+    return {model["id"] for model in reply["data"]}
 
 
 def reload_weights(server: Server, path: str, version: str) -> None:
