@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -26,6 +27,15 @@ from opcd.servers import Server
 
 Fault = Callable[["FakeVllm"], tuple[int, bytes] | None]
 """What happens instead of an answer; `None` lets the answer come, late or wrong as it may be."""
+
+LOADING = threading.Lock()
+"""While transformers reads a model, no thread's models are tied: of two that read at one time, the
+second would leave it at that for good."""
+
+
+def read_model(path: Path) -> Any:
+    """The model in a folder."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
 @dataclass
@@ -57,10 +67,15 @@ class FakeVllm:
 
     def __post_init__(self) -> None:
         """Load the model."""
+        with LOADING:
+            self.first = read_model(self.path)
         self.model = self._load(self.path)
 
     def _load(self, path: Path) -> Any:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        if path == self.path:
+            return deepcopy(self.first)
+        with LOADING:
+            return read_model(path)
 
     def restart(self) -> None:
         """As after a crash: everything that came over HTTP is gone."""

@@ -35,7 +35,6 @@ from opcd.tally import Tally, release_memory
 from opcd.teachers import LocalTeacher
 from opcd.types import Answered, Origin
 
-
 T = TypeVar("T")
 
 
