@@ -79,6 +79,7 @@ def draw(findings: Mapping[str, Finding]) -> str:
             if max(abs(c.difference.mean) for _, c in nats) > 1:
                 # A loss that is no divergence may end a hundred times further away than others.
                 panels[1].set_xscale("symlog", linthresh=1)
+                panels[1].set_xticks([0, 1, 2, 5])
                 panels[1].xaxis.set_major_formatter("{x:g}")
         figure.savefig(stream, format="svg", metadata=no_metadata)
     return stream.getvalue()
