@@ -24,7 +24,7 @@ from opcd.rollouts.hf import HFEngine
 from opcd.tally import peak_bytes
 from opcd.training import flushed_denormals, prepare
 
-PORTION_ROWS = 4
+PORTION_ROWS = 3
 """Rows in one forward and backward pass, of whose activations the memory is."""
 STEPS = 100_000
 """More than will be asked for, so that the schedule does not end."""

@@ -67,6 +67,7 @@ def distill(parts: Parts, trainer: Trainer) -> Iterator[StepReport]:
                 rollouts = coach_rollouts(parts, roll_out(parts, trainer.step), trainer.step)
                 if isinstance(parts.engine, Resting):
                     parts.engine.rest()
+                    release_memory()
             count_rollouts(parts, rollouts, tally)
             answered = rollouts.answered
             loss = loss_at(parts.config.loss, trainer.step)
