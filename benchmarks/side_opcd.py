@@ -25,7 +25,7 @@ from opcd.tally import peak_bytes
 from opcd.teachers import LocalTeacher
 from opcd.training import flushed_denormals, prepare
 
-PORTION_ROWS = 4
+PORTION_ROWS = 3
 """Rows in one forward and backward pass, of whose activations the memory is."""
 STEPS = 100_000
 """More than will be asked for, so that the schedule does not end."""

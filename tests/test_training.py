@@ -191,8 +191,8 @@ def test_best_is_chosen_on_validation(uninterrupted: Outcome) -> None:
     """By the grader's metric, or the lower KL; best.json says by what and when."""
     rows = list(read_jsonl(uninterrupted.folder.validation))
     assert [row["step"] for row in rows] == [1, 3, 5]
-    assert len({row["correct"] for row in rows}) == 1, "the premise: the KL decides"
-    wanted = min(rows, key=lambda row: row["kl_nats_per_token"])
+    # One row of three is more than a standard error, so the KL decides among equals alone.
+    wanted = min(rows, key=lambda row: (-row["correct"], row["kl_nats_per_token"]))
     best = read_best(uninterrupted.folder)
     assert best["step"] == wanted["step"] + 1 and best["chosen_by"] == "correct"
     assert best["kl_nats_per_token"] == wanted["kl_nats_per_token"]

@@ -78,6 +78,7 @@ def distill(parts: Parts, trainer: Trainer) -> Iterator[StepReport]:
                 rollouts = answer_step(parts, trainer.step)
                 if isinstance(parts.engine, Resting):
                     parts.engine.rest()
+                    release_memory()
             count_rollouts(parts, rollouts, tally)
             answered = rollouts.answered
             loss = loss_at(parts.config.loss, trainer.step)

@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import SymmetricalLogLocator
 
 from opcd.figures import INK, RULE, SETTINGS
 from opcd.glossary import metric_name
@@ -79,7 +80,8 @@ def draw(findings: Mapping[str, Finding]) -> str:
             if max(abs(c.difference.mean) for _, c in nats) > 1:
                 # A loss that is no divergence may end a hundred times further away than others.
                 panels[1].set_xscale("symlog", linthresh=1)
-                panels[1].set_xticks([0, 1, 2, 5])
+                ticks = SymmetricalLogLocator(base=10, linthresh=1, subs=[1, 2, 5])
+                panels[1].xaxis.set_major_locator(ticks)
                 panels[1].xaxis.set_major_formatter("{x:g}")
         figure.savefig(stream, format="svg", metadata=no_metadata)
     return stream.getvalue()
