@@ -51,7 +51,8 @@ def test_claims_are_written(
 def test_minds_are_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(minds, "mind_folder", lambda mind, _: tmp_path / mind.name)
+    folders = {name: tmp_path / name for name in minds.MINDS}
+    monkeypatch.setattr(running, "build_minds", lambda processes, say: folders)
     assert run(monkeypatch, "build") == 0
     told = capsys.readouterr().out
     assert all(f"{name}: {tmp_path / name}" in told for name in minds.MINDS)
