@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from opcd.adapters import in_shards, merged_weights, share_frozen, trainable
 from opcd.batching import collate
+from opcd.chunking import Hidden
 from opcd.config.training import Full, Lora, Loss
 from opcd.errors import ModelError
 from opcd.models import Distiller, hidden_states, output_head
@@ -71,7 +72,7 @@ def test_a_student_in_shards_has_the_same_loss_gradient_and_weights(
         if cut:
             sharding.shard(distiller, nullcontext)
             assert in_shards(student)
-        stats = distiller(batch, teacher_TD, head, Loss())
+        stats = distiller(batch, Hidden(teacher_TD, head), Loss())
         stats.divergence_T.sum().backward()
         read_TD = distiller.run(partial(hidden_states, student, batch.student))
         gradients = {n: whole(p.grad) for n, p in trainable(student).items() if p.grad is not None}
