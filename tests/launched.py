@@ -19,7 +19,12 @@ from opcd.config import load_config
 from opcd.distill import StepReport, Trainer
 from opcd.errors import OpcdError
 
-FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+TOLD = {
+    "fsdp": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+    "zero": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+    "ddp": {},
+}
+"""How accelerate's launcher says how weights are cut."""
 REAL = training.distill
 
 
@@ -38,9 +43,10 @@ def signalled(entry: dict[str, Any]) -> Any:
 
 def outcome_of(entry: dict[str, Any]) -> dict[str, Any]:
     """How one run of the plan ended, in this process."""
-    for name in FSDP:
-        os.environ.pop(name, None)
-    os.environ.update(FSDP if entry["fsdp"] else {})
+    for told in TOLD.values():
+        for name in told:
+            os.environ.pop(name, None)
+    os.environ.update(TOLD[entry["cut"]])
     run = load_config(Path(entry["config"]))
     training.distill = signalled(entry)
     try:

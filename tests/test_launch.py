@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,23 +47,27 @@ RUNS: dict[str, tuple[str, ...]] = {
     "fsdp_resumed": (*FULL, *UNEVEN),
     "ddp_killed": (*LORA, "launch.timeout_s=60"),
 }
+STOPS = {"stopped": ("SIGTERM", 1), "killed": ("SIGKILL", 2)}
+"""The signal that one process is sent, and when, by the last word of a run's name."""
 SYSTEM = "Answer in verse, or not at all. " * 4
 """Long enough to be read once."""
-TIED = ("fsdp_full", "ddp_full")
+TIED = ("fsdp_full", "ddp_full", "zero_full")
 """Runs whose model has one matrix for embeddings and head."""
 
 
 class Ends:
     """How the runs of the plan ended, in both processes and in one."""
 
-    def __init__(self, folder: Path, models: dict[bool, Path]) -> None:
+    def __init__(
+        self, folder: Path, models: dict[bool, Path], runs: Mapping[str, Sequence[str]]
+    ) -> None:
         """Nothing has run yet."""
-        self.folder, self.models = folder, models
+        self.folder, self.models, self.runs = folder, models, runs
         self.codes: list[int] = []
         self.said = ["", ""]
 
     def run(self, name: str, processes: int) -> Run:
-        more = RUNS[name]
+        more = self.runs[name]
         overrides = (f"name={name}", *more)
         folder, model = self.folder / str(processes), self.models[name in TIED]
         return make_run(folder, model, *overrides, system=SYSTEM)
@@ -72,22 +77,22 @@ class Ends:
 
     def of(self, name: str) -> list[dict[str, Any]]:
         """What each process says."""
-        place = list(RUNS).index(name)
+        place = list(self.runs).index(name)
         files = [self.folder / f"ends-{process}.json" for process in range(2)]
         ends = [json.loads(file.read_text(encoding="utf-8")) for file in files]
         return [one[place] for one in ends if len(one) > place]
 
     def plan(self) -> Path:
         entries: list[dict[str, Any]] = []
-        for name in RUNS:
+        for name in self.runs:
             config = self.folder / f"{name}.json"
             config.write_text(dump_config(self.run(name, 2)), encoding="utf-8")
-            stop = {"ddp_stopped": ("SIGTERM", 1), "ddp_killed": ("SIGKILL", 2)}.get(name)
+            stop = STOPS.get(name.partition("_")[2])
             entries.append(
                 {
                     "config": str(config),
-                    "fsdp": name.startswith("fsdp"),
-                    "resume": name == "fsdp_resumed",
+                    "cut": name.partition("_")[0],
+                    "resume": name.endswith("_resumed"),
                     "signal": stop and stop[0],
                     "step": stop and stop[1],
                 }
@@ -125,18 +130,24 @@ def launch(plan: Path) -> list[tuple[int, str]]:
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory: pytest.TempPathFactory) -> Ends:
+    return run_all(tmp_path_factory, RUNS)
+
+
+def run_all(tmp_path_factory: pytest.TempPathFactory, runs: Mapping[str, Sequence[str]]) -> Ends:
+    """Each run in one process, then all of them in two; `_resumed` goes on in two from one."""
     models: dict[bool, Path] = {}
     for tied in (False, True):
         models[tied] = tmp_path_factory.mktemp("launched") / "model"
         tiny_llama(tie_word_embeddings=tied).save_pretrained(models[tied])
         tokenizer().save_pretrained(models[tied])
-    found = Ends(tmp_path_factory.mktemp("runs"), models)
-    for name in RUNS:
+    found = Ends(tmp_path_factory.mktemp("runs"), models, runs)
+    for name in runs:
         train(found.run(name, 1))
-    begun = found.folder_of("fsdp_resumed", 2)
-    shutil.copytree(found.folder_of("fsdp_resumed", 1).path, begun.path)
-    shutil.rmtree(checkpoint.latest(begun.checkpoints))
-    begun.config.write_text(dump_config(found.run("fsdp_resumed", 2)), encoding="utf-8")
+        if name.endswith("_resumed"):
+            begun = found.folder_of(name, 2)
+            shutil.copytree(found.folder_of(name, 1).path, begun.path)
+            shutil.rmtree(checkpoint.latest(begun.checkpoints))
+            begun.config.write_text(dump_config(found.run(name, 2)), encoding="utf-8")
     both = launch(found.plan())
     found.codes, found.said = [code for code, _ in both], [text for _, text in both]
     return found

@@ -1,6 +1,6 @@
 """What is tuned in a model: an adapter or all of its weights; merged, shared, saved, given back."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -150,7 +150,27 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 def in_shards(model: nn.Module) -> bool:
     """Whether this process holds only a part of a model's weights."""
     layers = (module for module in model.modules() if isinstance(module, FSDPModule))
-    return next(layers, None) is not None
+    return next(layers, None) is not None or any(map(partitioned, model.parameters()))
+
+
+def partitioned(weight: Tensor) -> bool:
+    """Whether DeepSpeed cut a weight: its own data are there only while it is used."""
+    return hasattr(weight, "ds_tensor")
+
+
+@contextmanager
+def put_together(weights: Iterable[Tensor]) -> Iterator[None]:
+    """Within it, weights that DeepSpeed cut are whole; every process has to ask for the same."""
+    cut: list[Any] = [weight for weight in weights if partitioned(weight)]
+    # Those that persist are whole already, and would be in pieces afterwards.
+    cut = [weight for weight in cut if not weight.ds_persist]
+    if not cut:
+        yield
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters(cut):
+        yield
 
 
 def adapter_off(model: Any) -> AbstractContextManager[Any, Any]:
@@ -192,11 +212,13 @@ def merged_weights(model: Any, policy: str = "student") -> Iterator[tuple[str, T
     for name, weight in causal_model(model).named_parameters():
         if ".lora_" in name:
             continue
-        merged = weight.detach()
-        if name in deltas:
-            delta = deltas[name].get_delta_weight("default").detach()
-            merged = merged.float() + delta.to(merged.device)
-        yield name.replace(".base_layer.", "."), merged
+        layer = deltas.get(name)
+        with put_together([weight, *(layer.parameters() if layer else ())]):
+            merged = weight.detach()
+            if layer:
+                delta = layer.get_delta_weight("default").detach()
+                merged = merged.float() + delta.to(merged.device)
+            yield name.replace(".base_layer.", "."), merged
 
 
 def share_frozen(model: Any, plain: Any) -> None:
@@ -211,7 +233,7 @@ def share_frozen(model: Any, plain: Any) -> None:
         bare = name.replace(".base_layer.", ".")
         if name in moving or bare.rpartition(".")[0] in adapted or own[bare].dtype != weight.dtype:
             continue
-        if isinstance(weight, DTensor):
+        if isinstance(weight, DTensor) or (partitioned(weight) and not weight.ds_persist):
             continue
         module, _, leaf = bare.rpartition(".")
         setattr(plain.get_submodule(module), leaf, weight)

@@ -34,6 +34,7 @@ from opcd.sharding import summing_later, whole
 from opcd.tally import Tally, release_memory
 from opcd.teachers import LocalTeacher
 from opcd.types import Answered, Origin
+from opcd.zero import ZeroOptimizer
 
 T = TypeVar("T")
 
@@ -190,7 +191,9 @@ def accumulate(parts: Parts, answered: Sequence[Answered], loss: Loss, tally: Ta
             stats = parts.distiller(batch, scored, loss)
             loss_nats = (stats.divergence_T / weigh(batch.length_T, loss)).sum() / total
             # Data-parallel training averages over processes; the total is over all of them.
-            accelerator.backward(loss_nats * accelerator.num_processes * portion.counts)
+            # DeepSpeed's engine has a backward pass of its own.
+            backward = getattr(parts.distiller, "backward", accelerator.backward)
+            backward(loss_nats * accelerator.num_processes * portion.counts)
         if portion.counts:
             tally.add("loss_nats", loss_nats.item())
             add_stats(tally, stats, portion.origin)
@@ -274,8 +277,11 @@ def update(parts: Parts, trainer: Trainer, tally: Tally) -> float:
     """
     config, weights = parts.config.optimizer, list(trainable(parts.distiller).values())
     tally.gather(parts.accelerator)
-    clipped: Any = parts.accelerator.clip_grad_norm_(weights, config.clip_norm)
-    norm = float(whole(clipped))
+    if isinstance(trainer.optimizer, ZeroOptimizer):
+        norm = trainer.optimizer.grad_norm()
+    else:
+        clipped: Any = parts.accelerator.clip_grad_norm_(weights, config.clip_norm)
+        norm = float(whole(clipped))
     tally.sums["grad_norm"] = norm
     lr = trainer.optimizer.param_groups[0]["lr"]
     if math.isfinite(norm) and math.isfinite(tally.sums["loss_nats"]):

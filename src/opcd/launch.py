@@ -1,7 +1,8 @@
 """The processes of a run: what accelerate knows of them, and what they do together.
 
 `opcd train` under `accelerate launch` or `torchrun` is one program in every process. Each has its
-share of the prompts; gradients are summed by DDP, or by FSDP2 where accelerate is told to use it.
+share of the prompts; gradients are summed by DDP, or by FSDP2 or DeepSpeed where accelerate is told
+to use one. What it is told of those two is read here, and done by `sharding` and `zero`.
 Files are the main process's. Knows nothing of prompts, models or losses.
 """
 
@@ -10,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +19,6 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
-    DistributedType,
     FullyShardedDataParallelPlugin,
     broadcast_object_list,
     gather_object,
@@ -29,8 +30,33 @@ from opcd import weights
 from opcd.config import Run
 from opcd.errors import ConfigError, LaunchError, OpcdError
 from opcd.sharding import Sharding
+from opcd.zero import Zero
 
 T = TypeVar("T")
+ZERO = "ACCELERATE_USE_DEEPSPEED"
+"""How accelerate's launcher says that it was told to use DeepSpeed."""
+MORE = "and launch more processes if memory is short"
+ZERO_TAKES = {
+    "ACCELERATE_DEEPSPEED_CONFIG_FILE": ("none", "leave deepspeed_config_file out"),
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": ("3", "write zero_stage: 3"),
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": (
+        "none",
+        f"write offload_optimizer_device: none, {MORE}",
+    ),
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": (
+        "none",
+        f"write offload_param_device: none, {MORE}",
+    ),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+        "1",
+        "write gradient_accumulation_steps: 1, and batch.rows_per_forward in the run",
+    ),
+    "ACCELERATE_GRADIENT_CLIPPING": (
+        "none",
+        "leave gradient_clipping out, and write optimizer.clip_norm in the run",
+    ),
+}
+"""What accelerate may have been told of DeepSpeed, and what to write in place of anything else."""
 LOST = ("gloo", "NCCL", "Connection", "Timed out", "timed out", "process group", "Socket")
 """Words in the messages of a process whose others are gone."""
 
@@ -46,7 +72,9 @@ def build_accelerator(config: Run) -> Accelerator:
     )
     # The first to ask opens the connections; later ones cannot say how long to wait on them.
     waits = timedelta(seconds=config.launch.timeout_s)
-    state: Any = PartialState(cpu=on_cpu, timeout=waits)
+    by_zero = read_zero()
+    with _without_deepspeed():
+        state: Any = PartialState(cpu=on_cpu, timeout=waits)
     dtype = weights.auto_dtype(config.model.dtype, torch.device("cpu") if on_cpu else state.device)
     precision = "bf16" if dtype == torch.bfloat16 else "no"
     _check_precision(config, precision)
@@ -55,9 +83,21 @@ def build_accelerator(config: Run) -> Accelerator:
         AcceleratorState._reset_state(reset_partial_state=False)
     # Models here have no buffers that training moves, and processes run a model at other times.
     still = DistributedDataParallelKwargs(broadcast_buffers=False)
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=[still])
-    check_processes(config, accelerator, dtype)
+    with _without_deepspeed():
+        accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=[still])
+    check_processes(config, accelerator, dtype, by_zero)
     return accelerator
+
+
+@contextmanager
+def _without_deepspeed() -> Iterator[None]:
+    # accelerate's own use of DeepSpeed steps with every backward pass and turns autocast off.
+    told = os.environ.pop(ZERO, None)
+    try:
+        yield
+    finally:
+        if told is not None:
+            os.environ[ZERO] = told
 
 
 def _check_precision(config: Run, precision: str) -> None:
@@ -70,22 +110,22 @@ def _check_precision(config: Run, precision: str) -> None:
         )
 
 
-def check_processes(config: Run, accelerator: Accelerator, dtype: torch.dtype) -> None:
+def check_processes(
+    config: Run, accelerator: Accelerator, dtype: torch.dtype, by_zero: bool = False
+) -> None:
     """Refuse a launch that the run cannot be spread over.
 
     Raises:
         ConfigError: naming the setting to change.
     """
     count, asked = accelerator.num_processes, config.tasks_per_step
+    if count == 1 and by_zero:
+        raise ConfigError(
+            "accelerate was told to use DeepSpeed, but there is one process, so that nothing "
+            "would be cut; launch more (num_processes), or start opcd without a launcher"
+        )
     if count == 1:
         return
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ConfigError(
-            "accelerate was told to use DeepSpeed, which opcd does not train with: its rollouts "
-            "and teachers need weights outside DeepSpeed's own forward pass. Launch with an FSDP2 "
-            "config (recipes/accelerate/fsdp2.yaml), which cuts weights, gradients and optimiser "
-            "as ZeRO-3 does"
-        )
     if config.game is None:
         asked += config.anchors_per_step
     if count > asked:
@@ -114,12 +154,16 @@ def check_dtypes(found: Sequence[str]) -> None:
         )
 
 
-def sharding_of(accelerator: Accelerator, dtype: torch.dtype) -> Sharding | None:
-    """How weights are cut, if accelerate was told to use FSDP.
+def sharding_of(
+    config: Run, accelerator: Accelerator, dtype: torch.dtype
+) -> Sharding | Zero | None:
+    """How weights are cut, if accelerate was told to use FSDP or DeepSpeed.
 
     Raises:
         ConfigError: it was told what is not done here.
     """
+    if read_zero():
+        return Zero(accelerator.device, config.optimizer.clip_norm)
     if (told := read_fsdp()) is None:
         return None
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
@@ -150,6 +194,27 @@ def read_fsdp() -> Any:
             "write fsdp_offload_params: false, and launch more processes if memory is short"
         )
     return plugin
+
+
+def read_zero() -> bool:
+    """Whether accelerate was told to use DeepSpeed, ZeRO stage 3.
+
+    Raises:
+        ConfigError: it was told what is not done here, or DeepSpeed is not installed.
+    """
+    if os.environ.get(ZERO, "false").lower() not in ("true", "1"):
+        return False
+    for name, (wanted, instead) in ZERO_TAKES.items():
+        # By itself accelerate takes stage 2, and of the others what is taken here.
+        told = os.environ.get(name, "2" if name.endswith("STAGE") else wanted).lower()
+        if told not in (wanted, "auto"):
+            raise ConfigError(f"accelerate was told {name}={told!r} for DeepSpeed; {instead}")
+    if find_spec("deepspeed") is None:
+        raise ConfigError(
+            "accelerate was told to use DeepSpeed, which is not installed: pip install "
+            "'opcd-lm[deepspeed]', or launch with recipes/accelerate/fsdp2.yaml"
+        )
+    return True
 
 
 def summed(accelerator: Accelerator, distiller: Any) -> Any:

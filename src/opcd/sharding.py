@@ -1,8 +1,9 @@
-"""Weights cut into shards over the processes (FSDP2), and made whole where they have to be.
+"""Weights cut into shards over the processes, and made whole where they have to be.
 
 The layers of a model are cut, each a unit that is put together while it runs. What stands outside
 the layers is cut only where it is trained: the head has to be whole for every slice of tokens, and
-a head that is not trained is kept in float32 besides. Knows nothing of prompts or losses.
+a head that is not trained is kept in float32 besides. `Sharding` cuts by FSDP2, `opcd.zero` by
+DeepSpeed; the functions here know what either has cut. Knows nothing of prompts or losses.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
@@ -19,8 +20,9 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.functional import pad
 
-from opcd.adapters import causal_model, in_shards, trainable
+from opcd.adapters import causal_model, in_shards, partitioned, put_together, trainable
 from opcd.errors import ModelError
 
 
@@ -55,13 +57,7 @@ class Sharding:
         Raises:
             ModelError: the model does not say what its layers are.
         """
-        forward = distiller.forward
-
-        def forward_in_precision(*inputs: Any) -> Any:
-            with autocast():
-                return forward(*inputs)
-
-        distiller.forward = forward_in_precision
+        run_in(distiller, autocast)
         student = distiller.student
         self._shard_layers(student)
         outside = [p for p in student.parameters() if not isinstance(p, DTensor)]
@@ -83,20 +79,43 @@ class Sharding:
         fully_shard(causal_model(model).get_decoder(), **self._options, ignored_params=whole_ones)
 
     def _shard_layers(self, model: Any) -> None:
-        plain = causal_model(model)
-        names = set(getattr(plain, "_no_split_modules", None) or ())
-        layers = [module for module in plain.modules() if type(module).__name__ in names]
-        if not layers:
-            raise ModelError(
-                f"{type(plain).__name__} does not say which of its modules are layers, so its "
-                "weights cannot be cut over processes; launch without FSDP"
-            )
-        for layer in layers:
+        for layer in layers_of(model):
             fully_shard(layer, **self._options)
+
+
+def run_in(distiller: Any, autocast: Callable[..., AbstractContextManager[Any]]) -> None:
+    """Let a distiller's `forward` run in a precision from now on."""
+    forward = distiller.forward
+
+    def forward_in_precision(*inputs: Any) -> Any:
+        with autocast():
+            return forward(*inputs)
+
+    distiller.forward = forward_in_precision
+
+
+def layers_of(model: Any) -> list[nn.Module]:
+    """The modules of a model that are cut as one, and put together as one.
+
+    Raises:
+        ModelError: the model does not say what its layers are.
+    """
+    plain = causal_model(model)
+    names = set(getattr(plain, "_no_split_modules", None) or ())
+    layers = [module for module in plain.modules() if type(module).__name__ in names]
+    if not layers:
+        raise ModelError(
+            f"{type(plain).__name__} does not say which of its modules are layers, so its "
+            "weights cannot be cut over processes; launch without FSDP or DeepSpeed"
+        )
+    return layers
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor; every process has to ask for it at the same time."""
+    if partitioned(tensor):
+        with put_together([tensor]):
+            return tensor.detach().clone()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -111,6 +130,8 @@ def own_part(tensor: Tensor) -> Tensor:
 def part_like(tensor: Tensor, like: Tensor) -> Tensor:
     """Of a whole tensor, which every process has, the part that goes with another one's."""
     tensor = tensor.to(like.device)
+    if partitioned(like):
+        return _zero_part(tensor, like)
     if not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
@@ -119,7 +140,26 @@ def part_like(tensor: Tensor, like: Tensor) -> Tensor:
 @torch.no_grad()
 def give(target: Tensor, values: Tensor) -> None:
     """Put the values of a whole tensor, which every process has, in the place of another's."""
-    target.copy_(part_like(values, target))
+    part = part_like(values, target)
+    if not partitioned(target):
+        target.copy_(part)
+        return
+    from deepspeed.utils import safe_set_local_fp32_param
+
+    cut: Any = target
+    cut.ds_tensor.copy_(part)
+    safe_set_local_fp32_param(cut, part)
+    if cut.ds_persist:
+        cut.data.copy_(values)
+
+
+def _zero_part(tensor: Tensor, like: Any) -> Tensor:
+    """Of a whole tensor the part that DeepSpeed gives to this process: flat, filled up with 0."""
+    if tensor.shape != like.ds_shape:
+        return tensor
+    size = like.ds_tensor.numel()
+    part = tensor.flatten()[distributed.get_rank() * size :][:size]
+    return pad(part, (0, size - part.numel()))
 
 
 @contextmanager
@@ -127,10 +167,14 @@ def summing_later(distiller: Any) -> Iterator[None]:
     """Within it, gradients of the processes are not summed yet.
 
     Where all weights are trained in shards they are: else each process would hold the whole sum.
+    DeepSpeed sums them with every pass in any case.
     """
     if not in_shards(distiller):
         with getattr(distiller, "no_sync", _nothing)():
             yield
+        return
+    if not hasattr(distiller, "set_requires_gradient_sync"):
+        yield
         return
     later = any(not p.requires_grad for p in distiller.parameters())
     distiller.set_requires_gradient_sync(not later)
@@ -145,6 +189,7 @@ def _nothing() -> Iterator[None]:
     yield
 
 
+@torch.no_grad()
 def weights_by_name(model: nn.Module) -> dict[str, Tensor]:
     """The trained weights of a model, whole; every process has to ask at the same time."""
-    return {name: whole(weight.detach()) for name, weight in trainable(model).items()}
+    return {name: whole(weight).detach() for name, weight in trainable(model).items()}

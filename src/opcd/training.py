@@ -32,10 +32,11 @@ from opcd.launch import (
     together,
 )
 from opcd.runs import RunFolder, check_free, create_run, open_run, rewind_jsonl, write_json
-from opcd.sharding import give, weights_by_name
+from opcd.sharding import Sharding, give, weights_by_name
 from opcd.teachers import LocalTeacher
 from opcd.tracking import Tracker
 from opcd.types import Answered
+from opcd.zero import Zero
 
 OF_SERVERS = ("servers", "key_env", "timeout_s", "retries", "parallel", "weights_folder")
 FREE_TO_CHANGE = (
@@ -170,8 +171,8 @@ def prepare(parts: Parts) -> Trainer:
         ConfigError: transformers has no schedule of that name.
     """
     config = parts.config.optimizer
-    spread(parts)
-    optimizer = torch.optim.AdamW(
+    cut = spread(parts)
+    optimizer: Any = torch.optim.AdamW(
         list(trainable(parts.student).values()),
         lr=config.lr,
         betas=config.betas,
@@ -183,20 +184,25 @@ def prepare(parts: Parts) -> Trainer:
         )
     except ValueError as error:
         raise ConfigError(f"optimizer.schedule = {config.schedule!r}: {error}") from error
+    if isinstance(cut, Zero):
+        both = cut.shard(parts.distiller, optimizer, parts.accelerator.autocast)
+        parts.distiller, optimizer = both
     return Trainer(optimizer, scheduler)
 
 
-def spread(parts: Parts) -> None:
-    """Hand the student to DDP, or cut it and the frozen teachers into shards (FSDP2).
+def spread(parts: Parts) -> Sharding | Zero | None:
+    """Hand the student to DDP, or cut it and the frozen teachers into shards; returns how.
+
+    DeepSpeed cuts the student later, together with its optimiser.
 
     Raises:
         ConfigError: the launch and the run contradict each other.
     """
-    sharding = sharding_of(parts.accelerator, parts.dtype)
+    sharding = sharding_of(parts.config, parts.accelerator, parts.dtype)
     if sharding is None:
         parts.distiller = summed(parts.accelerator, parts.distiller)
-        return
-    check_shardable(parts.config)
+        return None
+    check_shardable(parts.config, isinstance(sharding, Zero))
     local = [t for t in (parts.teacher, parts.base) if isinstance(t, LocalTeacher)]
     own, teachers = parts.distiller, {id(t): t for t in local}.values()
 
@@ -206,7 +212,8 @@ def spread(parts: Parts) -> None:
 
     for teacher in teachers:
         teacher.go_inside(in_student if teacher.model is parts.student else lambda work: work())
-    sharding.shard(own, parts.accelerator.autocast)
+    if isinstance(sharding, Sharding):
+        sharding.shard(own, parts.accelerator.autocast)
     for teacher in teachers:
         if teacher.shadow:
             teacher.shadow.start()
@@ -214,14 +221,21 @@ def spread(parts: Parts) -> None:
             sharding.shard_frozen(teacher.model)
     # The states that came with an answer would be there for some rows and not for others.
     parts.keeps_hidden = False
+    return sharding
 
 
-def check_shardable(config: Run) -> None:
+def check_shardable(config: Run, by_zero: bool = False) -> None:
     """Refuse what weights in shards cannot do.
 
     Raises:
         ConfigError: naming the setting to change.
     """
+    if by_zero and config.teacher.type in ("ema", "refresh"):
+        raise ConfigError(
+            f"teacher.type is {config.teacher.type}, but accelerate was told to use DeepSpeed, "
+            "which has no place for a second set of the student's weights; write "
+            'teacher.type = "frozen" (or "adapter_off"), or launch with FSDP2 or DDP'
+        )
     if config.model.tuning.type == "full" and config.teacher.type in ("ema", "refresh"):
         raise ConfigError(
             f"teacher.type is {config.teacher.type} and model.tuning is full, but accelerate was "
