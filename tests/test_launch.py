@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,15 +19,24 @@ from typing import Any
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
 
 from opcd import checkpoint
 from opcd.config import Run, dump_config
 from opcd.errors import ConfigError
-from opcd.launch import check_dtypes, check_processes, interleave, on_main, own, read_fsdp
+from opcd.launch import (
+    check_dtypes,
+    check_processes,
+    check_shardable,
+    interleave,
+    on_main,
+    own,
+    read_fsdp,
+    read_zero,
+)
 from opcd.runs import RunFolder, open_run, read_jsonl
-from opcd.training import check_shardable, train
+from opcd.training import train
 from tiny import make_run
 from worlds import tiny_llama, tokenizer
 
@@ -313,6 +323,37 @@ def test_what_fsdp_is_told_and_does_not_do_here_is_refused(
         read_fsdp()
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("DEEPSPEED_ZERO_STAGE", "2", "zero_stage: 3"),
+        ("DEEPSPEED_CONFIG_FILE", "ds.json", "leave deepspeed_config_file out"),
+        ("DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu", "offload_optimizer_device: none"),
+        ("DEEPSPEED_OFFLOAD_PARAM_DEVICE", "nvme", "offload_param_device: none"),
+        ("GRADIENT_ACCUMULATION_STEPS", "4", r"batch\.rows_per_forward"),
+        ("GRADIENT_CLIPPING", "0.5", r"optimizer\.clip_norm"),
+    ],
+)
+def test_what_deepspeed_is_told_and_does_not_do_here_is_refused(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, said: str
+) -> None:
+    assert not read_zero()
+    for name, given in {
+        "USE_DEEPSPEED": "true",
+        "DEEPSPEED_ZERO_STAGE": "3",
+        variable: value,
+    }.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", given)
+    with pytest.raises(ConfigError, match=said):
+        read_zero()
+
+
+def test_deepspeed_with_one_process_is_refused(tmp_path: Path) -> None:
+    """Nothing would be cut."""
+    with pytest.raises(ConfigError, match="one process"):
+        check_processes(settings(tmp_path), accelerator(0, 1), torch.float32, by_zero=True)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_configs_that_are_shipped_are_understood(
     path: Path, monkeypatch: pytest.MonkeyPatch
@@ -321,11 +362,21 @@ def test_the_configs_that_are_shipped_are_understood(
     command = ["--config_file", str(path), "--module", "opcd", "train", "run.toml"]
     told, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
     assert (told.num_processes, told.module, told.mixed_precision) == (8, True, "no")
-    for name, value in prepare_multi_gpu_env(told).items():
+    by_zero = path.stem == "zero3"
+    assert told.use_deepspeed == by_zero
+    if by_zero:
+        told.deepspeed_fields_from_accelerate_config = ""
+    env = prepare_deepspeed_cmd_env(told)[1] if by_zero else prepare_multi_gpu_env(told)
+    for name, value in env.items():
         monkeypatch.setenv(name, value)
     found = read_fsdp()
     assert (found is not None) == (path.stem == "fsdp2")
     assert found is None or found.reshard_after_forward is True
+    if by_zero and find_spec("deepspeed") is None:
+        with pytest.raises(ConfigError, match="not installed: pip install"):
+            read_zero()
+    else:
+        assert read_zero() == by_zero
 
 
 def test_a_moving_teacher_of_all_weights_is_refused_in_shards(tmp_path: Path) -> None:
@@ -333,6 +384,9 @@ def test_a_moving_teacher_of_all_weights_is_refused_in_shards(tmp_path: Path) ->
     with pytest.raises(ConfigError, match="launch without FSDP"):
         check_shardable(settings(tmp_path, *tables))
     check_shardable(settings(tmp_path, 'teacher={type="ema"}'))
+    with pytest.raises(ConfigError, match="DeepSpeed"):
+        check_shardable(settings(tmp_path, 'teacher={type="ema"}'), by_zero=True)
+    check_shardable(settings(tmp_path), by_zero=True)
 
 
 def test_a_precision_that_accelerate_would_force_is_refused(

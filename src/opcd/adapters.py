@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -167,9 +168,7 @@ def put_together(weights: Iterable[Tensor]) -> Iterator[None]:
     if not cut:
         yield
         return
-    from deepspeed.runtime.zero import GatheredParameters
-
-    with GatheredParameters(cut):
+    with import_module("deepspeed.runtime.zero").GatheredParameters(cut):
         yield
 
 

@@ -217,6 +217,26 @@ def read_zero() -> bool:
     return True
 
 
+def check_shardable(config: Run, by_zero: bool = False) -> None:
+    """Refuse what weights in shards cannot do.
+
+    Raises:
+        ConfigError: naming the setting to change.
+    """
+    if by_zero and config.teacher.type in ("ema", "refresh"):
+        raise ConfigError(
+            f"teacher.type is {config.teacher.type}, but accelerate was told to use DeepSpeed, "
+            "which has no place for a second set of the student's weights; write "
+            'teacher.type = "frozen" (or "adapter_off"), or launch with FSDP2 or DDP'
+        )
+    if config.model.tuning.type == "full" and config.teacher.type in ("ema", "refresh"):
+        raise ConfigError(
+            f"teacher.type is {config.teacher.type} and model.tuning is full, but accelerate was "
+            "told to use FSDP: that teacher's head would be in pieces while the student runs; "
+            'write teacher.type = "frozen" or model.tuning.type = "lora", or launch without FSDP'
+        )
+
+
 def summed(accelerator: Accelerator, distiller: Any) -> Any:
     """A student as accelerate prepares it: in the run's precision, gradients summed by DDP."""
     with warnings.catch_warnings():

@@ -9,6 +9,7 @@ DeepSpeed; the functions here know what either has cut. Knows nothing of prompts
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -144,11 +145,9 @@ def give(target: Tensor, values: Tensor) -> None:
     if not partitioned(target):
         target.copy_(part)
         return
-    from deepspeed.utils import safe_set_local_fp32_param
-
     cut: Any = target
     cut.ds_tensor.copy_(part)
-    safe_set_local_fp32_param(cut, part)
+    import_module("deepspeed.utils").safe_set_local_fp32_param(cut, part)
     if cut.ds_persist:
         cut.data.copy_(values)
 

@@ -26,6 +26,7 @@ from opcd.evaluation import validate
 from opcd.interruption import Interruption
 from opcd.launch import (
     build_accelerator,
+    check_shardable,
     on_main,
     sharding_of,
     summed,
@@ -222,26 +223,6 @@ def spread(parts: Parts) -> Sharding | Zero | None:
     # The states that came with an answer would be there for some rows and not for others.
     parts.keeps_hidden = False
     return sharding
-
-
-def check_shardable(config: Run, by_zero: bool = False) -> None:
-    """Refuse what weights in shards cannot do.
-
-    Raises:
-        ConfigError: naming the setting to change.
-    """
-    if by_zero and config.teacher.type in ("ema", "refresh"):
-        raise ConfigError(
-            f"teacher.type is {config.teacher.type}, but accelerate was told to use DeepSpeed, "
-            "which has no place for a second set of the student's weights; write "
-            'teacher.type = "frozen" (or "adapter_off"), or launch with FSDP2 or DDP'
-        )
-    if config.model.tuning.type == "full" and config.teacher.type in ("ema", "refresh"):
-        raise ConfigError(
-            f"teacher.type is {config.teacher.type} and model.tuning is full, but accelerate was "
-            "told to use FSDP: that teacher's head would be in pieces while the student runs; "
-            'write teacher.type = "frozen" or model.tuning.type = "lora", or launch without FSDP'
-        )
 
 
 def choose_best(

@@ -7,13 +7,13 @@ its gradient and optimiser are cut. Knows nothing of prompts or losses.
 """
 
 import logging
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -95,11 +95,9 @@ class Zero:
 def load_deepspeed(device: torch.device) -> Any:
     """DeepSpeed, for this kind of device, and quiet."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # torch has new names for what DeepSpeed asks of it, hundreds of times a step.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    import deepspeed
-
+    deepspeed = import_module("deepspeed")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed
 
@@ -130,9 +128,7 @@ def _uncached(autocast: Callable[..., AbstractContextManager[Any]]) -> Iterator[
 class ZeroOptimizer:
     """AdamW within DeepSpeed's engine: each process moves its part of the weights."""
 
-    def __init__(
-        self, engine: Any, optimizer: torch.optim.Optimizer, weights: list[Any]
-    ) -> None:
+    def __init__(self, engine: Any, optimizer: torch.optim.Optimizer, weights: list[Any]) -> None:
         """Take note of both.
 
         Args:
@@ -150,12 +146,11 @@ class ZeroOptimizer:
 
     def grad_norm(self) -> float:
         """Of the gradient as it is summed over passes and processes, not yet clipped."""
-        from deepspeed.utils import safe_get_local_grad
-
-        parts = [safe_get_local_grad(weight) for weight in self._weights]
+        own_part: Any = import_module("deepspeed.utils").safe_get_local_grad
+        parts = [own_part(weight) for weight in self._weights]
         square = torch.nn.utils.get_total_norm(parts).square()
         distributed.all_reduce(square)
-        return math.sqrt(square) if math.isfinite(square) else float(square)
+        return float(square.sqrt())
 
     def step(self) -> None:
         """Clip, and move the weights."""
@@ -166,24 +161,23 @@ class ZeroOptimizer:
         self._engine.optimizer.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
-        """As AdamW's own, its tensors whole; every process has to ask at the same time."""
-        from deepspeed.utils import safe_get_full_optimizer_state
-
+        """As AdamW's own, its tensors whole and in the main process; all have to ask together."""
+        whole: Any = import_module("deepspeed.utils").safe_get_full_optimizer_state
         (group,) = self.param_groups
-        places = list(range(len(self._weights)))
+        keeps = distributed.get_rank() == 0
         found: dict[int, dict[str, Any]] = {}
         kept = next(iter(self._optimizer.state.values()), {})
         for place, weight in enumerate(self._weights) if kept else ():
-            found[place] = {
-                name: safe_get_full_optimizer_state(weight, name).cpu() if value.dim() else value
-                for name, value in kept.items()
-            }
+            for name, value in kept.items():
+                one = whole(weight, name) if value.dim() else value
+                if keeps:
+                    found.setdefault(place, {})[name] = one.cpu()
+        places = list(range(len(self._weights)))
         return {"state": found, "param_groups": [{**group, "params": places}]}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave, of each tensor this process's part."""
-        from deepspeed.utils import safe_set_local_optimizer_state
-
+        give: Any = import_module("deepspeed.utils").safe_set_local_optimizer_state
         (group,) = self._optimizer.param_groups
         group |= {key: value for key, value in saved["param_groups"][0].items() if key != "params"}
         first: Mapping[str, Tensor] = saved["state"].get(0, {})
@@ -195,4 +189,4 @@ class ZeroOptimizer:
         for place, values in saved["state"].items():
             for name, value in values.items():
                 if value.dim():
-                    safe_set_local_optimizer_state(self._weights[place], value, name)
+                    give(self._weights[place], value, name)
