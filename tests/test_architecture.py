@@ -41,6 +41,7 @@ FLOORS = (
         "weights",
         "adapters",
         "sharding",
+        "zero",
         "models",
         "prefix_cache",
         "prefix_store",

@@ -22,7 +22,7 @@ from opcd.models import Distiller, hidden_states, output_head
 from opcd.runs import open_run
 from opcd.sharding import give, summing_later, weights_by_name
 from opcd.training import train
-from opcd.zero import Zero, ZeroOptimizer
+from opcd.zero import Zero
 from test_launch import (
     FULL,
     LORA,
@@ -45,15 +45,17 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning",
 )
 
+ODD = ('model.tuning={type="lora", rank=3}', "optimizer.lr=0.003")
+"""Some of its weights have an odd number of elements: the last process's part is filled up."""
 BFLOAT16 = ("model.dtype=bfloat16", "steps=2")
 RUNS = {
-    "zero_lora": (*LORA, *UNEVEN),
+    "zero_lora": (*ODD, *UNEVEN),
     "zero_full": (*FULL, *UNEVEN, "model.gradient_checkpointing=true"),
     "zero_live": (*FULL, 'teacher={type="live"}', "optimizer.clip_norm=0.01"),
     "zero_full16": (*FULL, *BFLOAT16),
     "zero_lora16": (*LORA, *BFLOAT16),
     "zero_stopped": FULL,
-    "zero_resumed": (*FULL, *UNEVEN),
+    "zero_resumed": (*ODD, *UNEVEN),
     "zero_killed": (*LORA, "launch.timeout_s=60"),
 }
 
@@ -114,7 +116,7 @@ def adamw(student: Any) -> torch.optim.AdamW:
     return torch.optim.AdamW(list(trainable(student).values()), lr=0.003)
 
 
-def cut(zero: Zero, tuning: Lora | Full) -> tuple[Any, Any, ZeroOptimizer]:
+def cut(zero: Zero, tuning: Lora | Full) -> tuple[Any, Any, Any]:
     student = tuned(tuning)
     engine, optimizer = zero.shard(Distiller(student), adamw(student), nullcontext)
     return student, engine, optimizer

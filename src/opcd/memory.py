@@ -3,7 +3,7 @@
     held      weights, gradients, optimiser, adapter, teacher, copies and heads: there all the time
     passing   keys and values, activations, slices of logits: the largest of them comes on top
 
-Sharded over processes (FSDP2) are the layers, and all that is trained. What a process has loaded
+Sharded over processes (FSDP2, ZeRO-3) are the layers, and all that is trained. What a process has loaded
 besides, its libraries and its allocator's slack, is not in it.
 """
 
@@ -79,7 +79,7 @@ class Layout:
 
     processes: int = 1
     sharded: bool = False
-    """FSDP2 rather than DDP."""
+    """FSDP2 or ZeRO-3 rather than DDP."""
     element: int = 2
     """Bytes of a number that is not trained: 2 in bfloat16, 4 in float32."""
     prompt_tokens: int = 250
@@ -265,7 +265,7 @@ def peak_bytes(parts: Iterable[Part]) -> float:
 
 def memory_lines(run: Run, at: Layout) -> list[str]:
     """The parts for people, in gigabytes."""
-    how = "sharded (FSDP2)" if at.sharded else "each with all weights (DDP)"
+    how = "sharded (FSDP2, ZeRO-3)" if at.sharded else "each with all weights (DDP)"
     where = "one process" if at.processes == 1 else f"each of {at.processes} processes, {how}"
     parts = parts_of(run, at)
     found = [f"memory of {where}, {8 * at.element} bits a number, estimated:"]
