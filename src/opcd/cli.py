@@ -69,7 +69,7 @@ def check(
         bool, typer.Option("--memory", help="Estimate the memory of each part.")
     ] = False,
     processes: Annotated[int, typer.Option(min=1, help="Of the launch, for --memory.")] = 1,
-    fsdp: Annotated[bool, typer.Option("--fsdp", help="Weights in shards (FSDP2, ZeRO-3), for --memory.")] = False,
+    fsdp: Annotated[bool, typer.Option("--fsdp", help="Weights in shards, for --memory.")] = False,
 ) -> None:
     """Validate a run without loading a model; with --render, show what each side reads."""
     from opcd.checking import check_run, memory_facts

@@ -3,8 +3,8 @@
     held      weights, gradients, optimiser, adapter, teacher, copies and heads: there all the time
     passing   keys and values, activations, slices of logits: the largest of them comes on top
 
-Sharded over processes (FSDP2, ZeRO-3) are the layers, and all that is trained. What a process has loaded
-besides, its libraries and its allocator's slack, is not in it.
+Sharded over processes (FSDP2, ZeRO-3) are the layers, and all that is trained. What a process has
+loaded besides, its libraries and its allocator's slack, is not in it.
 """
 
 import json
