@@ -172,8 +172,12 @@ def test_a_step_and_its_checkpoint_are_those_of_adamw(zero: Zero, tuning: Lora |
         torch.testing.assert_close(
             weights_by_name(student), weights_by_name(plain), rtol=1e-5, atol=1e-5
         )
-    merged = (dict(merged_weights(model)) for model in (student, plain))
+    merged = [dict(merged_weights(model)) for model in (student, plain)]
     torch.testing.assert_close(*merged, rtol=1e-5, atol=1e-5)
+    side = collate([pair_of("a", 4, 9)], [rollout_of("a", 3)]).student
+    with torch.no_grad():  # as teachers read, outside the engine's own forward
+        read = [hidden_states(model, side) for model in (student, plain)]
+    torch.testing.assert_close(*read, rtol=1e-5, atol=1e-5)
     (tensors, groups), (wanted, others) = pack_optimizer(optimizer), pack_optimizer(alone)
     assert groups == others
     torch.testing.assert_close(tensors, wanted, rtol=1e-5, atol=1e-5)
