@@ -20,7 +20,7 @@ from opcd.chunking import Hidden
 from opcd.config.training import Full, Lora, Loss
 from opcd.models import Distiller, hidden_states, output_head
 from opcd.runs import open_run
-from opcd.sharding import give, summing_later, weights_by_name
+from opcd.sharding import give, layers_of, summing_later, weights_by_name
 from opcd.training import train
 from opcd.zero import Zero
 from test_launch import (
@@ -136,6 +136,11 @@ def pass_over(distiller: Any, factor: float = 1.0) -> None:
 def test_layers_are_let_go_of_between_passes(zero: Zero, tuning: Lora | Full) -> None:
     """What stands outside them stays whole: a head is needed for every slice of tokens."""
     student, engine, optimizer = cut(zero, tuning)
+    begun: list[bool] = []
+    for layer in layers_of(student):
+        layer.register_forward_pre_hook(
+            lambda layer, _: begun.append(all(p.numel() for p in layer.parameters()))
+        )
     for moment in ("cut", "passed", "stepped"):
         if moment == "passed":
             pass_over(engine)
@@ -146,6 +151,7 @@ def test_layers_are_let_go_of_between_passes(zero: Zero, tuning: Lora | Full) ->
             name for name in there if ".layers." in name
         }, moment
     assert in_shards(student)
+    assert begun == [True] * 3, "a layer is put together at one go, before it runs"
     copy = tiny_llama()
     share_frozen(student, copy)
     shared = copy.lm_head.weight is student.get_output_embeddings().weight

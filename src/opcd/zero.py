@@ -84,7 +84,7 @@ class Zero:
         engine, *_ = deepspeed.initialize(
             model=module, config=settings, dist_init_required=False, **more
         )
-        # A LoRA layer reads its parts' weights itself, so a layer's are put together at one go.
+        # Else DeepSpeed would fetch a layer's weights one by one, as each is read.
         for layer in layers:
             for weight in layer.parameters():
                 deepspeed.zero.register_external_parameter(layer, weight)
