@@ -22,7 +22,7 @@ from opcd.models import Distiller, hidden_states, output_head
 from opcd.runs import open_run
 from opcd.sharding import give, layers_of, summing_later, weights_by_name
 from opcd.training import train
-from opcd.zero import Zero
+from opcd.zero import SETTINGS, Zero
 from test_launch import (
     FULL,
     LORA,
@@ -161,8 +161,11 @@ def test_layers_are_let_go_of_between_passes(zero: Zero, tuning: Lora | Full) ->
 
 
 @pytest.mark.parametrize("tuning", [LORA_TABLE, Full()], ids=["lora", "full"])
-def test_a_step_and_its_checkpoint_are_those_of_adamw(zero: Zero, tuning: Lora | Full) -> None:
+def test_a_step_and_its_checkpoint_are_those_of_adamw(
+    zero: Zero, tuning: Lora | Full, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two passes a step, clipped; then on from the one's checkpoint in the other."""
+    monkeypatch.setitem(SETTINGS["zero_optimization"], "sub_group_size", 5000)
     plain = tuned(tuning)
     alone, distiller = adamw(plain), Distiller(plain)
     student, engine, optimizer = cut(zero, tuning)
@@ -186,6 +189,7 @@ def test_a_step_and_its_checkpoint_are_those_of_adamw(zero: Zero, tuning: Lora |
     torch.testing.assert_close(*read, rtol=1e-5, atol=1e-5)
     (tensors, groups), (wanted, others) = pack_optimizer(optimizer), pack_optimizer(alone)
     assert groups == others
+    assert len(engine.optimizer.fp32_partitioned_groups_flat) > 1, "a step goes group by group"
     torch.testing.assert_close(tensors, wanted, rtol=1e-5, atol=1e-5)
 
     other, second, fresh = cut(zero, tuning)

@@ -32,6 +32,8 @@ SETTINGS: Mapping[str, Any] = {
         "stage": 3,
         "overlap_comm": False,
         "reduce_bucket_size": 50_000_000,
+        # A step has a copy of the gradients, and AdamW's own terms, of so many weights at a time.
+        "sub_group_size": 50_000_000,
         # Passes of student and teacher differ from step to step, so nothing is fetched ahead.
         "stage3_prefetch_bucket_size": 0,
         "stage3_max_live_parameters": 0,
