@@ -7,6 +7,7 @@ from opcd.anchors import load_anchors
 from opcd.config import Run, check_files, load_config
 from opcd.config.games import GameConfig
 from opcd.config.inputs import ContextConfig, HubDataset, Lessons, Public, Source
+from opcd.config.servers import check_waits
 from opcd.contexts import load_context
 from opcd.envs.games import openings_of
 from opcd.errors import ConfigError
@@ -24,14 +25,23 @@ USUAL_TOKENS = {"tasks": 250, "game": 600}
 """Of a prompt that cannot be looked at: a question, or the history of a game."""
 
 
-def check_run(path: Path, overrides: Sequence[str] = ()) -> tuple[Run, list[str]]:
+def check_run(
+    path: Path, overrides: Sequence[str] = (), processes: int = 1
+) -> tuple[Run, list[str]]:
     """Load a run and everything local it names; returns it with facts for people.
+
+    Args:
+        path: its file.
+        overrides: `KEY=VALUE` each.
+        processes: of the launch that it is for.
 
     Raises:
         InputError: naming what is wrong, why, and what to write instead.
     """
     run = load_config(path, overrides)
     check_files(run)
+    if processes > 1:
+        check_waits({"rollout": run.rollout, "teacher": run.teacher}, run.launch.timeout_s)
     train_anchors, test_anchors = load_anchors(run.anchor.path)
     grader = build_grader(run.grader) if run.grader else None
     asked, more = ("episodes", f" of up to {run.game.turns} turns") if run.game else ("tasks", "")
@@ -82,6 +92,11 @@ def memory_facts(run: Run, processes: int = 1, sharded: bool = False) -> list[st
         context_tokens=context,
     )
     facts = memory_lines(run, at)
+    if run.model.dtype == "auto":
+        facts.append(
+            'model.dtype = "auto" is taken for bfloat16, which a GPU computes in; a processor that '
+            "cannot takes float32 instead: model.dtype=float32 shows that, bfloat16 fixes this"
+        )
     facts.append(
         f"taken for it: prompts of {prompt} tokens, a context of {context}, responses of "
         f"{run.rollout.max_new_tokens}"
