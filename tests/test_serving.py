@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,16 @@ import pytest
 import torch
 
 from opcd import checkpoint
+from opcd.assembly import assemble
 from opcd.config import Run, dump_config, load_config
 from opcd.errors import ConfigError, ModelError, RolloutError, ServerError
 from opcd.programs import open_baked
-from opcd.responses import ask
+from opcd.responses import ask, respond
 from opcd.runs import RunFolder, read_jsonl
+from opcd.serving import longest_prompt, longest_tokens
 from opcd.training import check_resumable, train
 from test_launch import assert_same_numbers, launch
-from tiny import make_run
+from tiny import acting, make_game_run, make_run
 from vllm_fake import FakeVllm, failing, serving
 from worlds import tiny_llama, tokenizer
 
@@ -180,11 +182,25 @@ def test_a_finished_run_is_asked_and_resumed_without_its_old_servers(
     assert len(fake.asked) == asked
 
 
+def test_a_servers_room_is_asked_for_the_last_turn_of_a_game(
+    tmp_path: Path, player_path: Path
+) -> None:
+    """Not the first, which is the shortest; where that does not fit, for all that does."""
+    parts = assemble(make_game_run(tmp_path, player_path, "rollout.max_new_tokens=30"))
+    parts.engine = acting(parts.renderer, lambda _, n: "[down]" if n % 2 else "[up]")
+    first = len(longest_prompt(parts.items))
+    told = longest_tokens(parts.config, parts.renderer, parts.items)
+    played = respond(parts, parts.items["validation"], "in_context")
+    longest = max(len(turn.pair.teacher_ids) for one in played for turn in one.turns)
+    assert {len(one.turns) for one in played} == {parts.config.game.turns}  # type: ignore[union-attr]
+    assert first < 0.9 * told and 0.9 * told < longest <= told
+    small = replace(parts.renderer, max_prompt_tokens=first + 5)
+    assert longest_tokens(parts.config, small, parts.items) == first + 5
+
+
 def test_a_fallback_to_the_sampled_token_changes_the_loss(
     tmp_path: Path, tiny_model_path: Path, fake: FakeVllm
 ) -> None:
-    from opcd.assembly import assemble
-
     fake.max_logprobs = 4
     teacher = f"teacher={{type='remote', servers=['{fake.url}'], retries=0}}"
     support = "loss.support={type='top_k', of='teacher', k=8}"

@@ -133,7 +133,7 @@ def assemble(config: Run) -> Parts:
         teacher = replace(teacher, others_wait=accelerator.num_processes > 1)
     # What a coach will have written in front of a prompt is not known yet.
     elif config.context.type != "coach":
-        notes += _share_openings(teacher, items)
+        notes += share_openings(teacher, items)
     reads_again = _why_read_again(config, student, dtype)
     notes += [reads_again] if reads_again else []
     settings = dtype, end_ids(student, tokenizer), config.rollout.batch_rows
@@ -229,7 +229,7 @@ def _build_teachers(
     return build(config.teacher), build(base)
 
 
-def _share_openings(teacher: LocalTeacher, items: Mapping[str, Sequence[Item]]) -> list[str]:
+def share_openings(teacher: LocalTeacher, items: Mapping[str, Sequence[Item]]) -> list[str]:
     """Let the teacher read each shared context once; notes say so, or why it does not."""
     pairs = pairs_of(items)
     prompts = [pair.teacher_ids for pair in pairs]

@@ -25,23 +25,14 @@ USUAL_TOKENS = {"tasks": 250, "game": 600}
 """Of a prompt that cannot be looked at: a question, or the history of a game."""
 
 
-def check_run(
-    path: Path, overrides: Sequence[str] = (), processes: int = 1
-) -> tuple[Run, list[str]]:
+def check_run(path: Path, overrides: Sequence[str] = ()) -> tuple[Run, list[str]]:
     """Load a run and everything local it names; returns it with facts for people.
-
-    Args:
-        path: its file.
-        overrides: `KEY=VALUE` each.
-        processes: of the launch that it is for.
 
     Raises:
         InputError: naming what is wrong, why, and what to write instead.
     """
     run = load_config(path, overrides)
     check_files(run)
-    if processes > 1:
-        check_waits({"rollout": run.rollout, "teacher": run.teacher}, run.launch.timeout_s)
     train_anchors, test_anchors = load_anchors(run.anchor.path)
     grader = build_grader(run.grader) if run.grader else None
     asked, more = ("episodes", f" of up to {run.game.turns} turns") if run.game else ("tasks", "")
@@ -72,6 +63,16 @@ def check_run(
                 grader(task, "")
     counts = "tasks: " + ", ".join(f"{len(t)} {s}" for s, t in splits.items())
     return run, [*facts, *notes, counts]
+
+
+def check_launch(run: Run, processes: int) -> None:
+    """What can be said before a launch of so many processes.
+
+    Raises:
+        ConfigError: one of them could wait longer for a server than the others wait for it.
+    """
+    if processes > 1:
+        check_waits({"rollout": run.rollout, "teacher": run.teacher}, run.launch.timeout_s)
 
 
 def memory_facts(run: Run, processes: int = 1, sharded: bool = False) -> list[str]:

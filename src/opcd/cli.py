@@ -72,9 +72,10 @@ def check(
     fsdp: Annotated[bool, typer.Option("--fsdp", help="Weights in shards, for --memory.")] = False,
 ) -> None:
     """Validate a run without loading a model; with --render, show what each side reads."""
-    from opcd.checking import check_run, memory_facts
+    from opcd.checking import check_launch, check_run, memory_facts
 
-    run, facts = check_run(config, overrides or [], processes)
+    run, facts = check_run(config, overrides or [])
+    check_launch(run, processes)
     facts += memory_facts(run, processes, fsdp) if memory else []
     for line in facts:
         console.print(line, markup=False, highlight=False)
