@@ -200,19 +200,11 @@ def spread(
         except BaseException as error:
             return place, None, error
 
-    count = min(parallel * len(servers), len(asked))
-    threads = [
-        threading.Thread(target=work.go_on, args=[answer], daemon=True) for _ in range(count)
-    ]
-    for thread in threads:
-        thread.start()
+    threads = min(parallel * len(servers), len(asked))
+    for _ in range(threads):
+        threading.Thread(target=work.go_on, args=[answer], daemon=True).start()
     try:
-        return work.results()
-    except Exception:
-        work.stopped.set()
-        for thread in threads:
-            thread.join()
-        raise
+        return work.results(threads)
     finally:
         work.stopped.set()
 
@@ -222,8 +214,7 @@ class _Work:
 
     def __init__(self, count: int) -> None:
         self.stopped = threading.Event()
-        self._count = count
-        self._done: SimpleQueue[Done] = SimpleQueue()
+        self._done: SimpleQueue[Done | None] = SimpleQueue()
         self._waiting: SimpleQueue[int] = SimpleQueue()
         for place in range(count):
             self._waiting.put(place)
@@ -233,16 +224,26 @@ class _Work:
         with contextlib.suppress(Empty):
             while not self.stopped.is_set():
                 self._done.put(answer(self._waiting.get_nowait()))
+        self._done.put(None)
 
-    def results(self) -> list[Any]:
-        """What came to each place, once all are filled; the first failure is raised."""
+    def results(self, threads: int) -> list[Any]:
+        """What came to each place, once all threads have ended.
+
+        A failure stops them; of those that there are by then, the first place's is raised.
+        """
         found: dict[int, Any] = {}
-        while len(found) < self._count:
-            place, answer, error = self._done.get()
+        failed: dict[int, BaseException] = {}
+        while threads:
+            if (done := self._done.get()) is None:
+                threads -= 1
+                continue
+            place, found[place], error = done
             if error:
-                raise error
-            found[place] = answer
-        return [found[place] for place in range(self._count)]
+                failed[place] = error
+                self.stopped.set()
+        if failed:
+            raise failed[min(failed)]
+        return [found[place] for place in sorted(found)]
 
 
 def find_model(server: Server, wanted: str | None) -> Served:
