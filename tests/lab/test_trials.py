@@ -119,6 +119,16 @@ def test_what_was_measured_on_other_rows_is_no_answer(
     assert len(tried) == 2
 
 
+def test_what_was_measured_under_another_page_is_no_answer(
+    world: World, tmp_path: Path, tried: Tried
+) -> None:
+    bench = Bench(tmp_path / "trials")
+    bench.measure(world, run_of(world))
+    world.context.write_text("- alpha is red\n", encoding="utf-8")
+    bench.measure(world, run_of(world))
+    assert len(tried) == 2
+
+
 def test_another_world_is_another_trial(world: World, tmp_path: Path, tried: Tried) -> None:
     bench = Bench(tmp_path / "trials")
     other = make_world("code_book", 1, tmp_path / "worlds")

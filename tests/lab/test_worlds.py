@@ -11,6 +11,7 @@ from opcd.instructions import parse_instructions
 from opcd.lab import language as words
 from opcd.lab.minds import LAKE
 from opcd.lab.worlds import (
+    BESIDES,
     OTHERS,
     World,
     WorldName,
@@ -44,7 +45,21 @@ def test_a_world_is_a_function_of_its_name_and_seed(world: World, tmp_path: Path
     other = make_world(world.name, 4, tmp_path)
     assert (again.facts, files(again)) == (world.facts, files(world))
     assert other.facts != world.facts and other.folder != world.folder
-    assert world.context.read_text(encoding="utf-8") == tell(world.facts)
+
+
+def test_a_lake_is_told_of_on_a_longer_page(world: World) -> None:
+    """Its three facts are there as they are, among others that say nothing about its symbols."""
+    text = world.context.read_text(encoding="utf-8")
+    if world.name != "lake":
+        assert text == tell(world.facts)
+        return
+    lines = text.splitlines(keepends=True)
+    assert len(lines) == len(world.facts) + BESIDES
+    others = [line for line in lines if line not in tell(world.facts).splitlines(keepends=True)]
+    assert len(others) == BESIDES
+    assert not {line.split()[1] for line in others} & {*words.SYMBOLS}
+    places = [place for place, line in enumerate(lines) if line not in others]
+    assert places != list(range(len(world.facts))), "not always in front"
 
 
 def test_a_truth_says_something_of_every_name() -> None:

@@ -27,6 +27,7 @@ from opcd.lab import documents
 from opcd.lab import language as words
 from opcd.lab.documents import IGNORED, Document
 from opcd.lab.lakes import Lake, lake_of
+from opcd.training import flushed_denormals
 from opcd.weights import auto_dtype, cache_folder
 
 LAKE = FrozenLake(
@@ -63,7 +64,7 @@ class Mind:
     seed: int = 0
 
 
-LARGE = Mind("large", width=96, layers=4, heads=3, steps=600, lr=3e-3)
+LARGE = Mind("large", width=96, layers=4, heads=3, steps=540, lr=3e-3)
 MIDDLE = Mind("middle", width=72, layers=3, heads=3, steps=400, lr=3e-3)
 SMALL = Mind("small", width=48, layers=2, heads=3, steps=400, lr=3e-3)
 MINDS = {mind.name: mind for mind in (LARGE, MIDDLE, SMALL)}
@@ -92,7 +93,7 @@ def mind_folder(mind: Mind, say: Say = lambda _: None) -> Path:
 
 def train(mind: Mind, say: Say = lambda _: None) -> Any:
     """Train a model from scratch; a function of the mind alone, up to rounding."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), flushed_denormals():
         torch.manual_seed(mind.seed)
         model = begin(mind)
         # For rows this short, attention as plain products has the quicker backward pass.

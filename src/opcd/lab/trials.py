@@ -73,8 +73,9 @@ class Bench:
             # Names of minds say what they are, wherever the cache lies.
             if table.get("path"):
                 table["path"] = Path(table["path"]).name
-        # What an earlier version measured, or measured on other rows, is no answer.
-        asked = [field.name for field in fields(Measured)], ROWS
+        # What an earlier version measured, on other rows or of another page, is no answer.
+        told = world.context.read_text(encoding="utf-8")
+        asked = [field.name for field in fields(Measured)], ROWS, told
         text = json.dumps([world.name, world.seed, tree, asked], sort_keys=True, default=str)
         text = text.replace(str(world.folder), "")
         file = self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"

@@ -26,6 +26,9 @@ OTHERS = 12
 """Other truths of the same kind, for anchors; as many again to measure on."""
 ROWS = {"test": 144, "validation": 144, "extraction": 96, "train": 256}
 """Of each split, where a world has rows and not boards."""
+BESIDES = 16
+"""Facts about other things on the page that tells of a lake, among which the model has to find the
+three that matter: a context that is long for what it is needed for, as real ones are."""
 READERS: dict[WorldName, str] = {"code_book": "large", "rulebook": "middle", "lake": "large"}
 """Whose world it is. The large model reads a rulebook from its prompt without a mistake, the middle
 one half of its messages: the imperfect context that some claims are about."""
@@ -42,7 +45,7 @@ class World:
 
     @property
     def context(self) -> Path:
-        """All the facts, as a context."""
+        """All the facts, as a context; those of a lake among others."""
         return self.folder / "facts.md"
 
 
@@ -51,7 +54,7 @@ def make_world(name: WorldName, seed: int, folder: Path) -> World:
     facts = truth(name, Random(f"{name}/{seed}"))
     world = World(name, seed, folder.resolve() / f"{name}-{seed}", facts)
     world.folder.mkdir(parents=True, exist_ok=True)
-    write_text(world.context, tell(facts))
+    write_text(world.context, tell(page_of(world)))
     for split, rows in splits(world).items():
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         write_text(world.folder / f"{split}.jsonl", lines)
@@ -77,6 +80,16 @@ def truth(name: WorldName, random: Random) -> dict[str, str]:
 def tell(facts: Mapping[str, str]) -> str:
     """Facts as the lines of a context."""
     return "".join(f"- {name} is {value}\n" for name, value in facts.items())
+
+
+def page_of(world: World) -> dict[str, str]:
+    """What the context of a world tells: its facts, those of a lake somewhere on a longer page."""
+    if world.name != "lake":
+        return dict(world.facts)
+    random = Random(f"page/{world.seed}")
+    other = documents.draw_book(random) | documents.draw_rules(random)
+    page = {name: other[name] for name in random.sample(list(other), BESIDES)} | world.facts
+    return {name: page[name] for name in random.sample(list(page), len(page))}
 
 
 def answer_of(facts: Mapping[str, str], prompt: str) -> str:
