@@ -150,6 +150,7 @@ def weights_by_name(model: nn.Module) -> dict[str, Tensor]:
     return collected(trainable(model).items())
 
 
+@torch.no_grad()
 def collected(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Tensors made whole for the process that writes files; nothing in the others.
 
@@ -159,7 +160,7 @@ def collected(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     keeps = not distributed.is_initialized() or distributed.get_rank() == 0
     found: dict[str, Tensor] = {}
     for name, tensor in named:
-        one = whole(tensor.detach())
+        one = whole(tensor).detach()
         if keeps:
             found[name] = one.cpu()
     return found
