@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from opcd.adapters import adapter_off, trainable
-from opcd.assembly import Parts, assemble
+from opcd.assembly import Parts, assemble, share_openings
 from opcd.config import Run
 from opcd.config.files import derive
 from opcd.distill import accumulate, batch_of, count_rollouts
@@ -98,6 +98,19 @@ def test_contexts_that_do_not_fit_are_said_to_be_read_again(
         assert len(shared(parts)) == notes
     assert "more than batch.prefix_gib = " in shared(parts)[1]
     assert "are read again" in shared(parts)[1]
+
+
+def test_in_shards_what_does_not_fit_is_said_to_be_read_with_every_prompt(
+    tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There openings are read before the weights are cut, or not at all."""
+    parts = assemble(pool_run(tmp_path, tiny_model_path, "batch.prefix_gib=0.0001"))
+    assert any("are read again" in note for note in parts.notes)
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}.items():
+        monkeypatch.setenv(name, value)
+    notes = share_openings(teacher_of(parts), parts.items)
+    assert any("does not fit is read with every prompt" in note for note in notes)
+    assert not any("again" in note for note in notes)
 
 
 @pytest.mark.parametrize(("common", "alone"), [(3, 0), (2, 1), (0, 3)])

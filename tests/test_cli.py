@@ -61,6 +61,14 @@ VERBS = (
 )
 
 
+def test_check_knows_of_a_launch_whose_servers_outlast_it(opcd: Opcd, tmp_path: Path) -> None:
+    path = write_run(tmp_path)
+    rollout = "rollout={type='vllm', servers=['http://x'], timeout_s=300}"
+    assert opcd("check", path, rollout)[0] == 0
+    code, _, err = opcd("check", path, rollout, "--processes", "2")
+    assert code == 2 and "launch.timeout_s" in err
+
+
 def test_help_names_the_verbs(opcd: Opcd) -> None:
     code, out, _ = opcd("--help")
     assert code == 0

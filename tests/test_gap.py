@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from opcd.assembly import assemble
+from opcd.errors import ConfigError
 from opcd.gap import margins_by_answer, measure_gap
 from opcd.items import Item
 from opcd.programs import gap_of
@@ -14,6 +15,8 @@ from opcd.responses import respond
 from opcd.training import train
 from opcd.types import PromptPair, Task
 from tiny import acting, log_probs_of, make_game_run, make_run, parts_of, reverse_kl
+from vllm_fake import FakeVllm, serving
+from worlds import tokenizer
 
 
 def test_margins_are_grouped_by_the_right_answer_where_it_is_a_label() -> None:
@@ -90,3 +93,16 @@ def test_the_distance_of_a_game_is_that_of_all_its_turns(player_path: Path, tmp_
     assert found["selected_by"] == "correct" and found["truncated"] == 0.0
     assert {"correct", "turns", "invalid_moves"} == found["metrics"].keys()
     assert found["margin_nats_by_answer"] == {}
+
+
+def test_a_teacher_that_does_not_list_two_tokens_is_refused_by_the_setting(
+    tiny_model_path: Path, tmp_path: Path
+) -> None:
+    """Before anything is answered."""
+    with serving(FakeVllm(tiny_model_path, tokenizer(), max_logprobs=1)) as fake:
+        teacher = f"teacher={{type='remote', servers=['{fake.url}'], retries=0}}"
+        run = make_run(tmp_path, tiny_model_path, teacher, "loss.support={type='sampled'}")
+        with pytest.raises(ConfigError, match=r"two likeliest.*--max-logprobs 2 or more"):
+            gap_of(run)
+        fake.max_logprobs = 2
+        assert gap_of(run)["margin_nats"]["mean"] > 0

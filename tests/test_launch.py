@@ -296,6 +296,13 @@ def test_more_processes_than_prompts_are_refused(tmp_path: Path) -> None:
         check_processes(run, accelerator(0, 5), torch.float32)
 
 
+def test_a_server_that_outlasts_the_others_patience_is_refused(tmp_path: Path) -> None:
+    rollout = "rollout={type='vllm', servers=['http://x'], retries=9}"
+    check_processes(settings(tmp_path, rollout), accelerator(0, 1), torch.float32)
+    with pytest.raises(ConfigError, match=r"rollout\.retries = 9.*launch\.timeout_s"):
+        check_processes(settings(tmp_path, rollout), accelerator(0, 2), torch.float32)
+
+
 def test_dtypes_that_differ_between_processes_are_refused() -> None:
     check_dtypes(["float32", "float32"])
     with pytest.raises(ConfigError, match=r"bfloat16 in some .* float32 in others.*model\.dtype"):

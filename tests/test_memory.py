@@ -16,6 +16,7 @@ from opcd.memory import (
     Layout,
     Part,
     adapter_parameters,
+    checkpoint_bytes,
     held,
     memory_lines,
     parts_of,
@@ -153,7 +154,8 @@ def test_lines_add_up() -> None:
     lines = memory_lines(run_of(), Layout())
     shown = {line.split(" GB  ")[1]: float(line.split(" GB")[0]) for line in lines[1:]}
     at_times = max(value for name, value in shown.items() if name.startswith("at times"))
-    always = sum(v for name, v in shown.items() if not name.startswith(("at times", "together")))
+    apart = ("at times", "together", "in the memory of the host")
+    always = sum(value for name, value in shown.items() if not name.startswith(apart))
     (together,) = (value for name, value in shown.items() if name.startswith("together"))
     assert together == pytest.approx(always + at_times, abs=0.05)
 
@@ -162,3 +164,29 @@ def test_a_config_of_transformers_reads_as_the_model_does(tmp_path: Path) -> Non
     tiny_llama(torch_dtype=torch.float32).config.save_pretrained(tmp_path)
     found = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert read_shape(found, "x") == shape_of(str(tmp_path))
+
+
+def test_a_checkpoint_is_whole_in_the_main_process_alone() -> None:
+    """Weights and two moments of what is trained, in the host's memory; on a device, one weight."""
+    many = SHAPES[LLAMA].parameters
+    assert checkpoint_bytes(run_of(*FULL)) == 12 * many
+    assert (
+        checkpoint_bytes(
+            run_of(FULL[0], 'teacher={type="ema"}', "loss.warmup={steps=1, teacher_fraction=0.0}")
+        )
+        == 16 * many
+    )
+    assert checkpoint_bytes(run_of()) == 12 * adapter_parameters(run_of(), SHAPES[LLAMA])
+    sharded = sizes(parts_of(run_of(*FULL), Layout(processes=8, sharded=True)))
+    assert sharded["a checkpoint: one weight made whole"] == 4 * SHAPES[LLAMA].embedding
+    assert (
+        f"{12 * many / 1e9:.2f} GB  in the memory of the host"
+        in memory_lines(run_of(*FULL), Layout())[-1]
+    )
+
+
+def test_the_dtype_that_was_taken_is_said_and_how_to_set_it() -> None:
+    said = {dtype: memory_facts(run_of(f"model.dtype={dtype}")) for dtype in ("auto", "float32")}
+    assert "16 bits" in said["auto"][0] and "32 bits" in said["float32"][0]
+    assert any("taken for bfloat16" in fact and "float32 shows" in fact for fact in said["auto"])
+    assert not any("taken for bfloat16" in fact for fact in said["float32"])

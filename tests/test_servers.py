@@ -1,9 +1,15 @@
 """`opcd.servers`: asked again after what may pass, never for ever; checked before they are used."""
 
+import os
+import signal
+import threading
+import time
+
 import pytest
 
-from opcd.config.servers import Remote
+from opcd.config.servers import Remote, check_waits
 from opcd.errors import ConfigError, ModelError, ServerError
+from opcd.interruption import Interruption
 from opcd.servers import (
     Refusal,
     Server,
@@ -91,6 +97,71 @@ def test_things_asked_are_spread_and_come_back_in_order() -> None:
     servers = [Server(f"http://{name}", "rollout") for name in "ab"]
     found = spread(servers, range(5), 2, lambda server, n: (server.url[-1], n))
     assert found == [("a", 0), ("b", 1), ("a", 2), ("b", 3), ("a", 4)]
+
+
+def test_the_first_failure_ends_it_once_what_is_under_way_is_done() -> None:
+    sent: list[int] = []
+    begun, ended = threading.Event(), threading.Event()
+
+    def ask(_: Server, thing: int) -> int:
+        sent.append(thing)
+        if thing == 0:
+            begun.wait(20)
+            raise ServerError("gone")
+        begun.set()
+        ended.wait(0.2)
+        ended.set()
+        return thing
+
+    with pytest.raises(ServerError, match="gone"):
+        spread([Server("http://a", "rollout")], range(9), 2, ask)
+    assert ended.is_set() and len(sent) < 9
+
+
+def test_a_second_ctrl_c_waits_for_no_retries() -> None:
+    """Nor does the program's end: what a server that is gone is still asked is left behind."""
+    begun, hold = threading.Event(), threading.Event()
+    ended: list[int] = []
+
+    def ask(_: Server, thing: int) -> None:
+        begun.set()
+        hold.wait(20)
+        ended.append(thing)
+
+    interruption = Interruption()
+
+    def press() -> None:
+        begun.wait(20)
+        os.kill(os.getpid(), signal.SIGINT)
+        while not interruption.signals:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = set(threading.enumerate())
+    pressing = threading.Thread(target=press)
+    with interruption.listening(), pytest.raises(KeyboardInterrupt):
+        pressing.start()
+        spread([Server("http://a", "rollout")], range(4), 2, ask)
+    assert not ended
+    pressing.join()
+    left = set(threading.enumerate()) - before
+    assert left and all(thread.daemon for thread in left)
+    hold.set()
+    for thread in left:
+        thread.join()
+
+
+def test_a_wait_for_a_server_must_end_before_the_other_processes_give_up() -> None:
+    """With the pauses between retries; what is written instead is enough."""
+    patient = Remote(servers=("http://x",), timeout_s=300.0)
+    assert patient.longest_wait_s == 7 * 300 + 1 + 2 + 4 + 8 + 16 + 30
+    tables = {"rollout": None, "teacher": patient}
+    with pytest.raises(
+        ConfigError, match=r"teacher\.timeout_s = 300.* launch\.timeout_s = "
+    ) as told:
+        check_waits(tables, 1800.0)
+    check_waits(tables, float(str(told.value).rpartition(" ")[2]))
+    check_waits({"teacher": Remote(servers=("http://x",))}, 1800.0)
 
 
 def test_another_model_is_refused_by_name(fake: FakeVllm) -> None:

@@ -22,6 +22,7 @@ from opcd.errors import ModelError
 from opcd.models import Distiller, hidden_states, output_head
 from opcd.sharding import (
     Sharding,
+    collected,
     give,
     own_part,
     part_like,
@@ -53,6 +54,25 @@ def test_a_part_and_the_whole(sharding: Sharding) -> None:
     assert isinstance(part_like(whole_one, part), DTensor)
     scalar = torch.tensor(3.0)
     assert part_like(scalar, part) is scalar, "what has another shape is not cut"
+
+
+def test_what_is_made_whole_is_kept_by_the_main_process_alone(
+    sharding: Sharding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others take part in each, and let it go before the next."""
+    part = distribute_tensor(torch.arange(6.0), sharding.mesh, [Shard(0)])
+    found = collected([("a", part), ("b", torch.ones(2))])
+    assert found.keys() == {"a", "b"} and torch.equal(found["a"], torch.arange(6.0))
+    assert not any(isinstance(one, DTensor) for one in found.values())
+    asked: list[str] = []
+
+    def named() -> Iterator[tuple[str, torch.Tensor]]:
+        for name in "ab":
+            asked.append(name)
+            yield name, torch.ones(2)
+
+    monkeypatch.setattr(distributed, "get_rank", lambda: 1)
+    assert collected(named()) == {} and asked == ["a", "b"]
 
 
 @pytest.mark.parametrize("tuning", [LORA, Full()], ids=["lora", "full"])

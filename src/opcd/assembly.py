@@ -1,7 +1,7 @@
 """A configuration becomes the parts that programs work with: tasks, models, teachers, engine."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +15,7 @@ from opcd.config import Run, check_files, training
 from opcd.errors import ConfigError
 from opcd.graders import Grader, build_grader
 from opcd.items import Item, check_last_turn, pairs_of, render_splits, weights_of
-from opcd.launch import build_accelerator, on_main, own
+from opcd.launch import build_accelerator, on_main, own, read_fsdp
 from opcd.openings import MIN_PREFIX_TOKENS, Openings
 from opcd.prefix_cache import token_bytes
 from opcd.remote import RemoteTeacher
@@ -128,11 +128,12 @@ def assemble(config: Run) -> Parts:
     student = adapters.tune(student, config.model.tuning, config.seed)
     teacher, base = _build_teachers(config, accelerator, dtype, student, tokenizer)
     if isinstance(config.teacher, training.Remote):
-        config, teacher, more = teacher_on_servers(config, student, tokenizer, items)
+        config, teacher, more = teacher_on_servers(config, student, renderer, items)
         notes += more
+        teacher = replace(teacher, others_wait=accelerator.num_processes > 1)
     # What a coach will have written in front of a prompt is not known yet.
     elif config.context.type != "coach":
-        notes += _share_openings(teacher, items)
+        notes += share_openings(teacher, items)
     reads_again = _why_read_again(config, student, dtype)
     notes += [reads_again] if reads_again else []
     settings = dtype, end_ids(student, tokenizer), config.rollout.batch_rows
@@ -141,7 +142,7 @@ def assemble(config: Run) -> Parts:
     if isinstance(teacher, LocalTeacher) and teacher.model is not base.model:
         of_teacher = HFEngine(teacher.model, teacher.model, *settings, teacher.prefixes)
     if config.rollout.type == "vllm":
-        told = config, student, base, tokenizer, items, settings[1]
+        told = config, student, base, renderer, items, settings[1]
         served, more = engine_on_servers(*told, lambda act: on_main(accelerator, act))
         notes += more
         engine, of_teacher = served, served if of_teacher is engine else of_teacher
@@ -228,7 +229,7 @@ def _build_teachers(
     return build(config.teacher), build(base)
 
 
-def _share_openings(teacher: LocalTeacher, items: Mapping[str, Sequence[Item]]) -> list[str]:
+def share_openings(teacher: LocalTeacher, items: Mapping[str, Sequence[Item]]) -> list[str]:
     """Let the teacher read each shared context once; notes say so, or why it does not."""
     pairs = pairs_of(items)
     prompts = [pair.teacher_ids for pair in pairs]
@@ -257,9 +258,15 @@ def _share_openings(teacher: LocalTeacher, items: Mapping[str, Sequence[Item]]) 
         )
     held_bytes = openings.tokens * token_bytes(teacher.model)
     if held_bytes > teacher.prefix_bytes:
+        # Weights in shards are whole for one pass at a time, and an opening is a pass of its own.
+        left = (
+            "what does not fit is read with every prompt, since weights are in shards"
+            if read_fsdp()
+            else "those used least recently are read again"
+        )
         notes.append(
             f"their keys and values take {held_bytes / 2**30:.3g} GiB, more than batch.prefix_gib "
-            f"= {teacher.prefix_bytes / 2**30:.3g}: those used least recently are read again"
+            f"= {teacher.prefix_bytes / 2**30:.3g}: {left}"
         )
     return notes
 

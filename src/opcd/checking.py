@@ -7,6 +7,7 @@ from opcd.anchors import load_anchors
 from opcd.config import Run, check_files, load_config
 from opcd.config.games import GameConfig
 from opcd.config.inputs import ContextConfig, HubDataset, Lessons, Public, Source
+from opcd.config.servers import check_waits
 from opcd.contexts import load_context
 from opcd.envs.games import openings_of
 from opcd.errors import ConfigError
@@ -64,6 +65,16 @@ def check_run(path: Path, overrides: Sequence[str] = ()) -> tuple[Run, list[str]
     return run, [*facts, *notes, counts]
 
 
+def check_launch(run: Run, processes: int) -> None:
+    """What can be said before a launch of so many processes.
+
+    Raises:
+        ConfigError: one of them could wait longer for a server than the others wait for it.
+    """
+    if processes > 1:
+        check_waits({"rollout": run.rollout, "teacher": run.teacher}, run.launch.timeout_s)
+
+
 def memory_facts(run: Run, processes: int = 1, sharded: bool = False) -> list[str]:
     """What each process of a run will hold in memory, part by part; no model is loaded.
 
@@ -82,6 +93,11 @@ def memory_facts(run: Run, processes: int = 1, sharded: bool = False) -> list[st
         context_tokens=context,
     )
     facts = memory_lines(run, at)
+    if run.model.dtype == "auto":
+        facts.append(
+            'model.dtype = "auto" is taken for bfloat16, which a GPU computes in; a processor that '
+            "cannot takes float32 instead: model.dtype=float32 shows that, bfloat16 fixes this"
+        )
     facts.append(
         f"taken for it: prompts of {prompt} tokens, a context of {context}, responses of "
         f"{run.rollout.max_new_tokens}"

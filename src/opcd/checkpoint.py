@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from opcd.errors import CheckpointError
-from opcd.sharding import part_like, whole
+from opcd.sharding import collected, part_like
 
 MANIFEST = "manifest.json"
 FACTS = "facts.json"
@@ -100,15 +100,16 @@ def latest(folder: Path) -> Path:
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Any]:
     """An optimiser's state as named tensors, and its parameter groups as JSON values.
 
-    Tensors are whole, whatever the processes hold of them: so many others can go on from here.
+    Tensors are whole, whatever the processes hold of them, so that any number of others can go on
+    from here; the main process has them, and all have to ask at the same time.
     """
     state = optimizer.state_dict()
-    tensors = {
-        f"{index}/{name}": whole(torch.as_tensor(value).detach()).cpu()
+    named = (
+        (f"{index}/{name}", torch.as_tensor(value))
         for index, entry in state["state"].items()
         for name, value in entry.items()
-    }
-    return tensors, state["param_groups"]
+    )
+    return collected(named), state["param_groups"]
 
 
 def unpack_optimizer(
@@ -155,11 +156,24 @@ def restore_random(states: Mapping[str, Tensor], process: int = 0) -> None:
             torch.cuda.set_rng_state(state[f"cuda.{index}"], index)
 
 
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as safetensors takes them: of those that share memory, all but the first as copies.
+
+    Copies of all would be as much memory again as the optimiser's state.
+    """
+    own: dict[str, Tensor] = {}
+    known: set[int] = set()
+    for name, tensor in tensors.items():
+        one = tensor.detach().cpu().contiguous()
+        memory = one.untyped_storage().data_ptr()
+        own[name] = one.clone() if memory in known else one
+        known.add(memory)
+    return own
+
+
 def _write(draft: Path, snapshot: Snapshot) -> None:
     for stem, tensors in snapshot.tensors.items():
-        # Tied weights share memory, which safetensors refuses; a clone of each does not.
-        own = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-        save_file(own, draft / f"{stem}.safetensors")
+        save_file(apart(tensors), draft / f"{stem}.safetensors")
     (draft / FACTS).write_text(json.dumps(snapshot.facts, indent=1), encoding="utf-8")
     files = {path.name: (path.stat().st_size, _digest(path)) for path in sorted(draft.iterdir())}
     manifest = {"step": snapshot.step, "files": files}

@@ -68,13 +68,14 @@ def check(
     memory: Annotated[
         bool, typer.Option("--memory", help="Estimate the memory of each part.")
     ] = False,
-    processes: Annotated[int, typer.Option(min=1, help="Of the launch, for --memory.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Of the launch that it is for.")] = 1,
     fsdp: Annotated[bool, typer.Option("--fsdp", help="Weights in shards, for --memory.")] = False,
 ) -> None:
     """Validate a run without loading a model; with --render, show what each side reads."""
-    from opcd.checking import check_run, memory_facts
+    from opcd.checking import check_launch, check_run, memory_facts
 
     run, facts = check_run(config, overrides or [])
+    check_launch(run, processes)
     facts += memory_facts(run, processes, fsdp) if memory else []
     for line in facts:
         console.print(line, markup=False, highlight=False)

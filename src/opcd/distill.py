@@ -7,11 +7,11 @@ teacher, who sees it, scores those very tokens; one optimiser step towards the t
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from accelerate.utils import gather_object
@@ -26,8 +26,8 @@ from opcd.config.rollouts import VllmRollout
 from opcd.config.training import Direction, Loss
 from opcd.divergence import TokenStats
 from opcd.drawing import Rollouts, answer_as_teacher, roll_out
-from opcd.errors import DivergedError, RolloutError, ServerError
-from opcd.launch import most
+from opcd.errors import DivergedError, RolloutError
+from opcd.launch import agreed, most
 from opcd.remote import RemoteTeacher
 from opcd.rollouts.engine import Resting
 from opcd.sharding import summing_later, whole
@@ -35,8 +35,6 @@ from opcd.tally import Tally, release_memory
 from opcd.teachers import LocalTeacher
 from opcd.types import Answered, Origin
 from opcd.zero import ZeroOptimizer
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +88,7 @@ def distill(parts: Parts, trainer: Trainer) -> Iterator[StepReport]:
                 release_memory()
         is_coached = parts.config.context.type == "coach"
         row = summarise(trainer, tally, loss.direction, lr, is_coached)
-        troubles = [trouble for server in parts.servers for trouble in server.take_troubles()]
+        troubles = troubles_of(parts)
         yield StepReport({**row, **servers_row(parts, tally, troubles)}, answered, troubles)
 
 
@@ -104,28 +102,8 @@ def answer_step(parts: Parts, step: int) -> Rollouts:
     """
     # The teachers' answers first: what they meet is told before the engine is used again, which
     # all processes do together.
-    agreed(parts, lambda: answer_as_teacher(parts, step))
-    return agreed(parts, lambda: coach_rollouts(parts, roll_out(parts, step), step))
-
-
-def agreed(parts: Parts, work: Callable[[], T]) -> T:
-    """What a process makes, unless one of several processes met trouble.
-
-    Raises:
-        ServerError: a server is gone.
-        RolloutError: in some process there was trouble; all of them are told.
-    """
-    if parts.accelerator.num_processes == 1:
-        return work()
-    done: list[T] = []
-    trouble = ""
-    try:
-        done.append(work())
-    except (RolloutError, ServerError) as error:
-        trouble = str(error)
-    if first := next(filter(None, gather_object([trouble])), ""):
-        raise RolloutError(first)
-    return done[0]
+    agreed(parts.accelerator, lambda: answer_as_teacher(parts, step))
+    return agreed(parts.accelerator, lambda: coach_rollouts(parts, roll_out(parts, step), step))
 
 
 def count_rollouts(parts: Parts, rollouts: Rollouts, tally: Tally) -> None:
@@ -174,6 +152,10 @@ def accumulate(parts: Parts, answered: Sequence[Answered], loss: Loss, tally: Ta
     """Forward and backward over all responses, in portions that share a teacher.
 
     Sums are divided once, by the count over all portions and processes.
+
+    Raises:
+        ServerError: a teacher's server is gone.
+        RolloutError: the same in one of several processes; all of them are told.
     """
     accelerator = parts.accelerator
     portions = portions_of(parts, answered)
@@ -198,6 +180,17 @@ def accumulate(parts: Parts, answered: Sequence[Answered], loss: Loss, tally: Ta
             tally.add("loss_nats", loss_nats.item())
             add_stats(tally, stats, portion.origin)
             add_engine_difference(tally, stats, portion.answered)
+    agree_on_teacher(parts)
+
+
+def agree_on_teacher(parts: Parts) -> None:
+    """Tell all processes if one of them has not been told what its teacher says.
+
+    Raises:
+        RolloutError: that was so.
+    """
+    if isinstance(teacher := parts.teacher, RemoteTeacher):
+        agreed(parts.accelerator, teacher.check_told)
 
 
 class Portion(NamedTuple):
@@ -344,6 +337,13 @@ def check_engine(parts: Parts, tally: Tally) -> None:
             "compute otherwise; the step was not trained on. Start the servers anew with the run's "
             "model, or raise rollout.max_logprob_difference_nats, then continue with --resume"
         )
+
+
+def troubles_of(parts: Parts) -> list[str]:
+    """What servers had to be asked again for since the last step, by any process."""
+    own = [trouble for server in parts.servers for trouble in server.take_troubles()]
+    several = parts.servers and parts.accelerator.num_processes > 1
+    return gather_object(own) if several else own
 
 
 def servers_row(parts: Parts, tally: Tally, troubles: Sequence[str]) -> dict[str, Any]:

@@ -7,18 +7,18 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from typing import Any
 
 from opcd.config.extractors import Endpoint
+from opcd.config.servers import pause_s
 from opcd.errors import ConfigError, ExtractorError
 from opcd.extraction import Request, Written
+from opcd.servers import spread
 
 PASSING = (408, 409, 425, 429, 500, 502, 503, 504)
 """Statuses after which the same prompt may well be answered."""
-LONGEST_PAUSE_S = 30.0
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -57,13 +57,7 @@ class EndpointExtractor:
         Raises:
             ExtractorError: the server cannot be reached, refuses, or talks nonsense.
         """
-        with ThreadPoolExecutor(self.endpoint.parallel) as pool:
-            waiting = [pool.submit(self._ask, request) for request in requests]
-            try:
-                return [future.result() for future in waiting]
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        return spread([self], requests, self.endpoint.parallel, EndpointExtractor._ask)
 
     def _ask(self, request: Request) -> Written:
         body = {
@@ -76,7 +70,7 @@ class EndpointExtractor:
         found: Written | str = ""
         for attempt in range(self.endpoint.retries + 1):
             if attempt:
-                self.pause(min(2.0 ** (attempt - 1), LONGEST_PAUSE_S))
+                self.pause(pause_s(attempt))
             found = self._send(json.dumps(body).encode())
             if isinstance(found, Written):
                 return found

@@ -11,9 +11,10 @@ from typing import Any
 
 from opcd.assembly import Parts
 from opcd.config.training import Loss
+from opcd.distill import agree_on_teacher
 from opcd.intervals import estimate, mcnemar
 from opcd.items import Item
-from opcd.launch import rejoin
+from opcd.launch import agreed, rejoin
 from opcd.responses import (
     Response,
     by_metric,
@@ -69,12 +70,18 @@ def validate(parts: Parts, step: int) -> dict[str, float]:
 
     A metric that only some rows have is the mean over those, `rows_METRIC` of them. Processes share
     the rows, if there is one for each.
+
+    Raises:
+        ServerError: a server is gone.
+        RolloutError: the same in one of several processes; all of them are told.
     """
     items = rows_of(parts, "validation", parts.config.evaluation.validation_rows)
     shared = len(items) >= parts.accelerator.num_processes
-    responses = respond(parts, parts.own(items) if shared else items, "baked")
+    own = parts.own(items) if shared else items
+    responses = agreed(parts.accelerator, lambda: respond(parts, own, "baked"))
     answered = [turn for r in responses for turn in r.turns]
     nats = nats_by_response(responses, score(parts, answered, Loss()))
+    agree_on_teacher(parts)
     rows = [(response, nats[place]) for place, response in enumerate(responses)]
     rows = rejoin(parts.accelerator, rows) if shared else rows
     values = by_metric([response for response, _ in rows])

@@ -12,6 +12,7 @@ from opcd.assembly import Parts
 from opcd.config.training import Loss
 from opcd.intervals import Estimate, estimate, mcnemar
 from opcd.items import Item
+from opcd.remote import RemoteTeacher
 from opcd.responses import (
     Response,
     by_metric,
@@ -38,7 +39,10 @@ def measure_gap(parts: Parts) -> dict[str, Any]:
 
     Raises:
         TaskError: the run has no validation split.
+        ConfigError: a remote teacher does not list two tokens.
     """
+    if isinstance(parts.teacher, RemoteTeacher):
+        parts.teacher.check_lists(2, "opcd gap compares a teacher's two likeliest tokens")
     items = rows_of(parts, "validation", parts.config.evaluation.validation_rows)
     base, in_context = (respond(parts, items, c) for c in ("base", "in_context"))
     answered = [turn for r in in_context for turn in r.turns]

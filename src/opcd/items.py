@@ -138,8 +138,13 @@ def render_pool(
 
 def pairs_of(items: Mapping[str, Sequence[Item]]) -> list[PromptPair]:
     """The prompts of all splits; of a pool, its examples."""
+    return [item.pair for item in examples_of(items)]
+
+
+def examples_of(items: Mapping[str, Sequence[Item]]) -> list[Item]:
+    """The items of all splits; of a pool, its examples."""
     known = [split.examples if isinstance(split, Pool) else split for split in items.values()]
-    return [item.pair for split in known for item in split]
+    return [item for split in known for item in split]
 
 
 def weights_of(items: Mapping[str, Sequence[Item]]) -> list[float]:
@@ -172,14 +177,24 @@ def check_last_turn(config: Run, renderer: Renderer, item: Item) -> list[str]:
     """
     if not config.game or not item.game:
         return []
-    last = item.game.task(f"{item.task.id}/turn-{config.game.turns}", config.game.turns - 1)
     try:
-        renderer.pair(last, item.context)
+        last_turn(config.game.turns, renderer, item)
     except OverLongError as error:
         if renderer.config.over_long == "error":
             raise
         return [f"episodes that go on so long are dropped from training: {error}"]
     return []
+
+
+def last_turn(turns: int, renderer: Renderer, item: Item) -> PromptPair:
+    """The prompts of the last turn on a board, warnings not counted.
+
+    Raises:
+        OverLongError: they do not fit.
+    """
+    assert item.game, "asked of boards alone"
+    last = item.game.task(f"{item.task.id}/turn-{turns}", turns - 1)
+    return renderer.pair(last, item.context)
 
 
 def with_context(renderer: Renderer, items: Sequence[Item], context: Context) -> list[Item]:

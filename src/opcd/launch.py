@@ -28,7 +28,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 
 from opcd import weights
 from opcd.config import Run
-from opcd.errors import ConfigError, LaunchError, OpcdError
+from opcd.config.servers import check_waits
+from opcd.errors import ConfigError, LaunchError, OpcdError, RolloutError, ServerError
 from opcd.sharding import Sharding
 from opcd.zero import Zero
 
@@ -138,6 +139,7 @@ def check_processes(
             f"context.type is coach, whose coach reads all responses of a step in turn, but there "
             f"are {count} processes; launch one"
         )
+    check_waits({"rollout": config.rollout, "teacher": config.teacher}, config.launch.timeout_s)
     check_dtypes(gather_object([str(dtype).removeprefix("torch.")]))
 
 
@@ -294,6 +296,26 @@ def on_main(accelerator: Any, action: Callable[[], T]) -> T:
     if told[1] is not None:
         raise told[1]
     return told[0]
+
+
+def agreed(accelerator: Any, work: Callable[[], T]) -> T:
+    """What a process makes, unless one of several processes met trouble.
+
+    Raises:
+        ServerError: a server is gone.
+        RolloutError: in some process there was trouble; all of them are told.
+    """
+    if accelerator.num_processes == 1:
+        return work()
+    done: list[T] = []
+    trouble = ""
+    try:
+        done.append(work())
+    except (RolloutError, ServerError) as error:
+        trouble = str(error)
+    if first := next(filter(None, gather_object([trouble])), ""):
+        raise RolloutError(first)
+    return done[0]
 
 
 @contextmanager

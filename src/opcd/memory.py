@@ -222,11 +222,26 @@ def passing(run: Run, at: Layout) -> list[Part]:
     drawing = rows * (reach * shape.kv_elements * at.element + 20 * shape.vocabulary)
     drawing *= _answers_here(run)
     trained = shape.parameters if full else adapter_parameters(run, shape)
-    return [
+    parts = [
         Part("drawing answers: keys and values", drawing, passing=True),
         Part("training a portion: activations", training_bytes(run, shape, at), passing=True),
         Part("a step of AdamW", 4 * trained * share, passing=True),
     ]
+    if at.sharded and full:
+        largest = 4 * max(shape.embedding, shape.hidden * shape.intermediate)
+        parts.append(Part("a checkpoint: one weight made whole", largest, passing=True))
+    return parts
+
+
+def checkpoint_bytes(run: Run) -> float:
+    """What the main process has in the host's memory while it writes a checkpoint.
+
+    Weights, and both of AdamW's moments, in float32; the teacher's too, where it has its own.
+    """
+    shape = shape_of(run.model.path)
+    full = run.model.tuning.type == "full"
+    trained = shape.parameters if full else adapter_parameters(run, shape)
+    return (16 if run.teacher.type in ("ema", "refresh") else 12) * trained
 
 
 def training_bytes(run: Run, shape: Shape, at: Layout) -> float:
@@ -276,6 +291,10 @@ def memory_lines(run: Run, at: Layout) -> list[str]:
     if at.sharded:
         loading = peak_loading(run, at)
         found.append(f"{loading / 1e9:9.2f} GB  while loading, before weights are cut")
+    found.append(
+        f"{checkpoint_bytes(run) / 1e9:9.2f} GB  in the memory of the host, in the main process "
+        "alone, while it writes a checkpoint"
+    )
     return found
 
 

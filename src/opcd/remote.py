@@ -80,6 +80,10 @@ class RemoteTeacher:
     moves: bool = False
     openings: Openings = field(default_factory=Openings)
     """None: what prompts share is the servers' affair."""
+    others_wait: bool = False
+    """Whether other processes make the same passes. A failure then waits for `check_told`, and the
+    passes until there are made with figures that mean nothing."""
+    failures: list[str] = field(default_factory=list)
 
     def score(self, batch: Batch) -> TeacherScore:
         """What the loss gets to know of the teacher at the response tokens."""
@@ -90,14 +94,40 @@ class RemoteTeacher:
     def listed(self, batch: Batch, k: int) -> Listed:
         """The teacher's `k` likeliest tokens at each position; of 0, the sampled one alone."""
         rows = rows_of(batch)
-        return join(self._spread(rows, lambda server, row: self.ask_list(server, row, k)))
+        return self._told(batch, k, rows, lambda server, row: self.ask_list(server, row, k))
 
     def told_of(self, batch: Batch, ids_TK: Tensor) -> Listed:
         """The teacher's log-probabilities of the ids it is asked for, and of the sampled token."""
         rows = rows_of(batch)
         asked = ids_TK.cpu().split([row.tokens for row in rows])
         with_ids = [(row, ids.tolist()) for row, ids in zip(rows, asked, strict=True)]
-        return join(self._spread(with_ids, lambda server, one: self.ask_ids(server, *one)))
+        return self._told(batch, self.k, with_ids, lambda server, one: self.ask_ids(server, *one))
+
+    def check_told(self) -> None:
+        """Once all passes are made: were all figures the teacher's?
+
+        Raises:
+            ServerError: they were not, since a server failed.
+        """
+        if self.failures:
+            first = self.failures[0]
+            self.failures.clear()
+            raise ServerError(first)
+
+    def check_lists(self, k: int, why: str) -> None:
+        """Refuse servers that do not list the `k` likeliest tokens.
+
+        Raises:
+            ConfigError: naming the setting to change.
+        """
+        for server in self.servers:
+            try:
+                self.ask_list(server, Row([0, 0], 1), k)
+            except Refusal as refusal:
+                raise ConfigError(
+                    f"{why}, but {server.url} does not list {k}: {words_of(refusal)}; start it "
+                    f"with --max-logprobs {k} or more"
+                ) from None
 
     def after_step(self, step: int) -> None:
         """It does not move."""
@@ -153,6 +183,21 @@ class RemoteTeacher:
             return Scored(ids, [line[:-1] for line in table], [line[-1] for line in table])
 
         return server.ask("/inference/v1/generate", body, read)
+
+    def _told(
+        self, batch: Batch, k: int, asked: Sequence[T], ask: Callable[[Server, T], Scored]
+    ) -> Listed:
+        if not self.failures:
+            try:
+                return join(self._spread(asked, ask))
+            except ServerError as error:
+                if not self.others_wait:
+                    raise
+                self.failures.append(str(error))
+        tokens, columns = len(batch.response_T), max(k, 1)
+        alike = -math.log(self.vocabulary)
+        ids_TK = torch.arange(columns).expand(tokens, columns)
+        return Listed(ids_TK, torch.full((tokens, columns), alike), torch.full((tokens,), alike))
 
     def _spread(self, asked: Sequence[T], ask: Callable[[Server, T], Scored]) -> list[Scored]:
         def trusting(server: Server, thing: T) -> Scored:

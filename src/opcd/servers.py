@@ -3,6 +3,7 @@
 Knows no tensors: token ids go in, and what comes back is read by whoever asked.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -11,22 +12,24 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.client import HTTPException
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
-from opcd.config.servers import Servers
+from opcd.config.servers import Servers, pause_s
 from opcd.errors import ConfigError, ModelError, ServerError
 
+S = TypeVar("S")
 T = TypeVar("T")
 U = TypeVar("U")
+Done = tuple[int, Any, BaseException | None]
+"""The place of what was asked, and its answer or the failure."""
 
 PASSING = (408, 409, 425, 429, 500, 502, 503, 504)
 """Statuses after which the same request may well be answered."""
 FINAL = ("max_lora_rank", "LoRA is not enabled", "No adapter found")
 """In what a server says with such a status, signs that it never will be."""
-LONGEST_PAUSE_S = 30.0
 SHOWN = 300
 """Characters shown of what a server says."""
 
@@ -83,7 +86,7 @@ class Server:
         for attempt in range(self.retries + 1):
             if attempt:
                 self.note(trouble)
-                self.pause(min(2.0 ** (attempt - 1), LONGEST_PAUSE_S))
+                self.pause(pause_s(attempt))
             reply = self._send(path, body)
             if isinstance(reply, str):
                 trouble = reply
@@ -178,24 +181,69 @@ def connect(config: Servers, table: str) -> list[Server]:
 
 
 def spread(
-    servers: Sequence[Server],
+    servers: Sequence[S],
     asked: Sequence[T],
     parallel: int,
-    ask: Callable[[Server, T], U],
+    ask: Callable[[S, T], U],
 ) -> list[U]:
     """Each thing asked of one of the servers in turn, many under way together; in their order.
 
-    The first failure ends it: what has not been sent by then, is not.
+    The first failure ends it: what has not been sent by then, is not, and what has is waited for.
+    Who is interrupted (Ctrl-C) waits for nothing: the threads are of those that no program waits
+    for at its end, as a pool's would be, with all retries of a server that is gone.
     """
-    with ThreadPoolExecutor(parallel * len(servers)) as pool:
-        waiting = [
-            pool.submit(ask, servers[i % len(servers)], thing) for i, thing in enumerate(asked)
-        ]
+    work = _Work(len(asked))
+
+    def answer(place: int) -> Done:
         try:
-            return [future.result() for future in waiting]
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+            return place, ask(servers[place % len(servers)], asked[place]), None
+        except BaseException as error:
+            return place, None, error
+
+    threads = min(parallel * len(servers), len(asked))
+    for _ in range(threads):
+        threading.Thread(target=work.go_on, args=[answer], daemon=True).start()
+    try:
+        return work.results(threads)
+    finally:
+        work.stopped.set()
+
+
+class _Work:
+    """So many places to fill, by as many threads as there are."""
+
+    def __init__(self, count: int) -> None:
+        self.stopped = threading.Event()
+        self._done: SimpleQueue[Done | None] = SimpleQueue()
+        self._waiting: SimpleQueue[int] = SimpleQueue()
+        for place in range(count):
+            self._waiting.put(place)
+
+    def go_on(self, answer: Callable[[int], Done]) -> None:
+        """Take one place after the other until none is left, or it is stopped."""
+        with contextlib.suppress(Empty):
+            while not self.stopped.is_set():
+                self._done.put(answer(self._waiting.get_nowait()))
+        self._done.put(None)
+
+    def results(self, threads: int) -> list[Any]:
+        """What came to each place, once all threads have ended.
+
+        A failure stops them; of those that there are by then, the first place's is raised.
+        """
+        found: dict[int, Any] = {}
+        failed: dict[int, BaseException] = {}
+        while threads:
+            if (done := self._done.get()) is None:
+                threads -= 1
+                continue
+            place, found[place], error = done
+            if error:
+                failed[place] = error
+                self.stopped.set()
+        if failed:
+            raise failed[min(failed)]
+        return [found[place] for place in sorted(found)]
 
 
 def find_model(server: Server, wanted: str | None) -> Served:
@@ -254,8 +302,8 @@ def check_room(server: Server, served: Served, prompt_tokens: int, new_tokens: i
         raise ConfigError(
             f"{server.url} holds {served.max_model_len} tokens, but the run's longest prompt has "
             f"{prompt_tokens} and its response up to {new_tokens}; start the server with "
-            f"--max-model-len {prompt_tokens + new_tokens} or more, lower rollout.max_new_tokens, "
-            "or shorten the context"
+            f"--max-model-len {prompt_tokens + new_tokens} or more, lower rollout.max_new_tokens "
+            "(or game.turns), or shorten the context"
         )
 
 

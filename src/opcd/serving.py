@@ -7,12 +7,15 @@ from opcd import weights
 from opcd.config import Run
 from opcd.config.rollouts import Responses, Rollout, VllmRollout
 from opcd.config.training import AdapterOff, Frozen, Remote, Sampled
-from opcd.items import Item, pairs_of
+from opcd.errors import OverLongError
+from opcd.items import Item, examples_of, last_turn, pairs_of
 from opcd.remote import RemoteTeacher, meet_teacher
+from opcd.rendering import Renderer
 from opcd.rollouts.meeting import check_publishing, check_weights, find_servers, probe_of
 from opcd.rollouts.publishing import AdapterPublisher, Once, Shelf, WeightPublisher
 from opcd.rollouts.vllm import VllmEngine
 from opcd.teachers import LocalTeacher
+from opcd.types import PromptPair
 
 Items = Mapping[str, Sequence[Item]]
 
@@ -21,7 +24,7 @@ def engine_on_servers(
     config: Run,
     student: Any,
     base: LocalTeacher,
-    tokenizer: Any,
+    renderer: Renderer,
     items: Items,
     end_ids: frozenset[int],
     once: Once,
@@ -34,8 +37,8 @@ def engine_on_servers(
     """
     rollout = config.rollout
     assert isinstance(rollout, VllmRollout), "asked for by the run"
-    longest, new_tokens = longest_prompt(items), longest_response(config)
-    servers, name = find_servers(rollout, tokenizer, longest, new_tokens)
+    room = longest_tokens(config, renderer, items), longest_response(config)
+    servers, name = find_servers(rollout, renderer.tokenizer, *room)
     shelf = Shelf(rollout.weights_folder)
     if config.model.tuning.type == "lora":
         publisher = AdapterPublisher(servers, name, student, shelf, once)
@@ -47,7 +50,7 @@ def engine_on_servers(
     if config.model.tuning.type == "full":
         # They may still have what an earlier run left.
         check_publishing(publisher, "base")
-    nats = check_weights(rollout, engine, name, base, probe_of(longest))
+    nats = check_weights(rollout, engine, name, base, probe_of(longest_prompt(items)))
     check_publishing(publisher, "student")
     urls = ", ".join(server.url for server in servers)
     note = (
@@ -58,7 +61,7 @@ def engine_on_servers(
 
 
 def teacher_on_servers(
-    config: Run, student: Any, tokenizer: Any, items: Items
+    config: Run, student: Any, renderer: Renderer, items: Items
 ) -> tuple[Run, RemoteTeacher, list[str]]:
     """The teacher of `teacher.type = "remote"`, and the run with what it can be asked for.
 
@@ -67,11 +70,13 @@ def teacher_on_servers(
         ServerError: a server is gone, or talks nonsense.
     """
     assert isinstance(config.teacher, Remote), "asked for by the run"
-    longest = longest_prompt(items)
+    probe = longest_prompt(items)
     # A teacher scores the response as a part of its prompt.
-    room = [*longest, *([0] * longest_response(config))]
+    tokens = longest_tokens(config, renderer, items) + longest_response(config)
+    room = [*probe, *([0] * (tokens - len(probe)))]
     vocabulary = student.get_output_embeddings().weight.shape[0]
-    teacher, notes = meet_teacher(config.teacher, config.loss, tokenizer, vocabulary, room)
+    met = meet_teacher(config.teacher, config.loss, renderer.tokenizer, vocabulary, room)
+    teacher, notes = met
     if teacher.level == "sampled" and config.loss.support.type != "sampled":
         notes.append("so loss.support is sampled: the score-function estimate of the reverse KL")
         loss = config.loss.model_copy(update={"support": Sampled()})
@@ -95,9 +100,28 @@ def answered_here(config: Run, scored: bool) -> Run:
 
 
 def longest_prompt(items: Items) -> tuple[int, ...]:
-    """The longest of the run's prompts, with or without the context."""
-    pairs = pairs_of(items)
-    return max((ids for p in pairs for ids in (p.student_ids, p.teacher_ids)), key=len)
+    """The longest of the run's prompts, with or without the context; of games, a first one."""
+    return max((longer_side(pair) for pair in pairs_of(items)), key=len)
+
+
+def longest_tokens(config: Run, renderer: Renderer, items: Items) -> int:
+    """How many tokens a prompt of the run may have, as far as that is known; a game's to its end.
+
+    Its warnings, of which few are forgiven, are not counted.
+    """
+    if config.game is None:
+        return len(longest_prompt(items))
+    board = max(examples_of(items), key=lambda item: len(longer_side(item.pair)))
+    try:
+        return len(longer_side(last_turn(config.game.turns, renderer, board)))
+    except OverLongError:
+        # What goes on for longer is dropped.
+        return renderer.max_prompt_tokens
+
+
+def longer_side(pair: PromptPair) -> tuple[int, ...]:
+    """The longer prompt of the two."""
+    return max(pair.student_ids, pair.teacher_ids, key=len)
 
 
 def longest_response(config: Run) -> int:

@@ -6,7 +6,7 @@ a head that is not trained is kept in float32 besides. `Sharding` cuts by FSDP2,
 DeepSpeed; the functions here know what either has cut. Knows nothing of prompts or losses.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -190,5 +190,21 @@ def _nothing() -> Iterator[None]:
 
 @torch.no_grad()
 def weights_by_name(model: nn.Module) -> dict[str, Tensor]:
-    """The trained weights of a model, whole; every process has to ask at the same time."""
-    return {name: whole(weight).detach() for name, weight in trainable(model).items()}
+    """The trained weights of a model, whole, in the main process; all have to ask together."""
+    return collected(trainable(model).items())
+
+
+@torch.no_grad()
+def collected(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors made whole for the process that writes files; nothing in the others.
+
+    Every process has to ask at the same time. One after the other is put together, and moved to the
+    host's memory before the next: a device never holds two.
+    """
+    keeps = not distributed.is_initialized() or distributed.get_rank() == 0
+    found: dict[str, Tensor] = {}
+    for name, tensor in named:
+        one = whole(tensor).detach()
+        if keeps:
+            found[name] = one.cpu()
+    return found

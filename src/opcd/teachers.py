@@ -30,7 +30,7 @@ from opcd.models import compute_dtype, hidden_states, output_head, why_no_prefix
 from opcd.openings import Ids, Openings, find_openings, in_passes
 from opcd.prefix_cache import SharedPrefix, forward_after_prefix, read_prefix
 from opcd.prefix_store import PREFIX_BYTES, PrefixStore
-from opcd.sharding import give, own_part, whole
+from opcd.sharding import collected, give, own_part
 
 MAX_PREFIX_KL_NATS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """How far the cached pass may be from the uncached one before it is not used."""
@@ -225,9 +225,8 @@ class LocalTeacher:
             self.shadow.after_step(step)
 
     def state(self) -> dict[str, Tensor]:
-        """What a resumed run has to give back."""
-        shadows = self.shadow.weights if self.shadow else {}
-        return {name: whole(weight) for name, weight in shadows.items()}
+        """What a resumed run has to give back; the main process has it, and all ask together."""
+        return collected(self.shadow.weights.items()) if self.shadow else {}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Continue from a saved state."""

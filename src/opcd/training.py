@@ -134,7 +134,7 @@ def take_steps(
             if stop:
                 break
     except (RolloutError, ServerError) as error:
-        # Of several processes, all have to write; only a RolloutError comes to all of them.
+        # Of several processes, all have to write. What comes to all of them is a RolloutError.
         if isinstance(error, RolloutError) or parts.accelerator.num_processes == 1:
             checkpoint.restore_random(random)
             write_checkpoint(parts, trainer, best, folder)

@@ -36,20 +36,20 @@ def config_of(fakes: list[FakeVllm]) -> VllmRollout:
 
 
 def test_servers_of_one_model_are_found_with_its_name(fakes: list[FakeVllm]) -> None:
-    servers, name = find_servers(config_of(fakes), tokenizer(), random_ids(20, 0), 5)
+    servers, name = find_servers(config_of(fakes), tokenizer(), 20, 5)
     assert ([server.url for server in servers], name) == ([fake.url for fake in fakes], "base")
 
 
 def test_servers_of_two_models_are_refused(fakes: list[FakeVllm]) -> None:
     fakes[1].name = "other"
     with pytest.raises(ConfigError, match=r"different models, \['base', 'other'\]"):
-        find_servers(config_of(fakes), tokenizer(), random_ids(20, 0), 5)
+        find_servers(config_of(fakes), tokenizer(), 20, 5)
 
 
 def test_the_second_server_is_looked_at_too(fakes: list[FakeVllm]) -> None:
     fakes[1].max_model_len = 24
     with pytest.raises(ConfigError, match=f"{fakes[1].url} holds 24"):
-        find_servers(config_of(fakes), tokenizer(), random_ids(20, 0), 5)
+        find_servers(config_of(fakes), tokenizer(), 20, 5)
 
 
 def test_a_probe_is_how_a_prompt_ends() -> None:

@@ -1,5 +1,6 @@
 """Servers of models, as vLLM runs them: where they are, and how patiently they are asked."""
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -7,6 +8,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from opcd.config.section import Count, NonNegative, Positive, Section
+from opcd.errors import ConfigError
+
+LONGEST_PAUSE_S = 30.0
+
+
+def pause_s(failures: int) -> float:
+    """How long to wait before something is asked again that has failed so many times."""
+    return min(2.0 ** (failures - 1), LONGEST_PAUSE_S)
 
 
 class Servers(Section):
@@ -18,12 +27,18 @@ class Servers(Section):
     """The name the servers know the model by; needed only where they serve several."""
     key_env: str | None = None
     """The environment variable that holds the key; the key itself is never written anywhere."""
-    timeout_s: Positive = 300.0
-    """How long one answer may take."""
+    timeout_s: Positive = 240.0
+    """How long one answer may take. With all retries it has to be less than what other processes
+    wait (`launch.timeout_s`), if there are any."""
     retries: NonNegative = 6
     """How often a request is sent again after a failure that may pass, 1, 2, 4 ... 30 s later."""
     parallel: Count = 64
     """Requests under way together at each server."""
+
+    @property
+    def longest_wait_s(self) -> float:
+        """How long a request may be under way until it is given up, retries and pauses included."""
+        return self.timeout_s * (self.retries + 1) + sum(map(pause_s, range(1, self.retries + 1)))
 
     @model_validator(mode="before")
     @classmethod
@@ -55,3 +70,24 @@ class Remote(Servers):
     """What is asked of each token: the log-probabilities of the student's own likeliest tokens
     (`prompt_logprob_token_ids`, on a GPU), of the teacher's (`prompt_logprobs`), or of the sampled
     token alone. `auto` takes the first of these that `loss.support` wants and the server can do."""
+
+
+def check_waits(tables: Mapping[str, Any], others_wait_s: float) -> None:
+    """Refuse servers on which one process would wait longer than the others wait for it.
+
+    Args:
+        tables: those of a run that may name servers.
+        others_wait_s: `launch.timeout_s`.
+
+    Raises:
+        ConfigError: naming the settings to change.
+    """
+    for name, table in tables.items():
+        if isinstance(table, Servers) and table.longest_wait_s >= others_wait_s:
+            raise ConfigError(
+                f"{name}.timeout_s = {table.timeout_s:g} and {name}.retries = {table.retries} let "
+                f"a process wait {table.longest_wait_s:,.0f} s for a server in trouble, but the "
+                f"other processes take it for gone after launch.timeout_s = {others_wait_s:g}, and "
+                f"no checkpoint would be written; lower the two, or write launch.timeout_s = "
+                f"{math.ceil(table.longest_wait_s / 600) * 600 + 600}"
+            )

@@ -88,7 +88,7 @@ def page_of(world: World) -> dict[str, str]:
         return dict(world.facts)
     random = Random(f"page/{world.seed}")
     other = documents.draw_book(random) | documents.draw_rules(random)
-    page = {name: other[name] for name in random.sample(list(other), BESIDES)} | world.facts
+    page = {name: other[name] for name in random.sample(list(other), BESIDES)} | dict(world.facts)
     return {name: page[name] for name in random.sample(list(page), len(page))}
 
 

@@ -33,15 +33,15 @@ WARM = 0.5
 
 
 def find_servers(
-    config: VllmRollout, tokenizer: Any, prompt_ids: Sequence[int], new_tokens: int
+    config: VllmRollout, tokenizer: Any, prompt_tokens: int, new_tokens: int
 ) -> tuple[list[Server], str]:
     """The servers of the run's model, and its name there.
 
     Args:
         config: the `[rollout]` table.
         tokenizer: the run's.
-        prompt_ids: its longest prompt.
-        new_tokens: its longest response.
+        prompt_tokens: of its longest prompt.
+        new_tokens: of its longest response.
 
     Raises:
         InputError: a server is none, has another model or tokenizer, or too little room.
@@ -56,7 +56,7 @@ def find_servers(
         )
     for server, one in zip(servers, served, strict=True):
         check_tokenizer(server, one.model, tokenizer, PROBES)
-        check_room(server, one, len(prompt_ids), new_tokens)
+        check_room(server, one, prompt_tokens, new_tokens)
     return servers, names[0]
 
 

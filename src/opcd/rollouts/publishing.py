@@ -11,7 +11,6 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +19,7 @@ from torch import Tensor
 from opcd.adapters import in_shards, save_weights, trainable
 from opcd.errors import OpcdError, ServerError
 from opcd.rollouts.engine import Policy
-from opcd.servers import Refusal, Server
+from opcd.servers import Refusal, Server, spread
 from opcd.sharding import weights_by_name
 
 Once = Callable[[Callable[[], str]], str]
@@ -231,7 +230,7 @@ class WeightPublisher:
 
 
 def gathered(model: Any) -> dict[str, Tensor] | None:
-    """What was trained, if it is in shards; every process has to ask at the same time."""
+    """What was trained, if it is in shards, in the main process; all have to ask together."""
     return weights_by_name(model) if in_shards(model) else None
 
 
@@ -300,5 +299,4 @@ def why_no_adapter(server: Server, path: Path, refusal: Refusal) -> str:
 
 def on_each(servers: Sequence[Server], act: Callable[[Server], None]) -> None:
     """Do something with all servers at the same time; the first failure is raised."""
-    with ThreadPoolExecutor(len(servers)) as pool:
-        list(pool.map(act, servers))
+    spread(servers, range(len(servers)), 1, lambda server, _: act(server))
