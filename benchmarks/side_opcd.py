@@ -23,7 +23,8 @@ from opcd.rendering import common_prefix
 from opcd.rollouts.hf import HFEngine
 from opcd.tally import peak_bytes
 from opcd.teachers import LocalTeacher
-from opcd.training import flushed_denormals, prepare
+from opcd.training import prepare
+from opcd.weights import flushed_denormals
 
 PORTION_ROWS = 3
 """Rows in one forward and backward pass, of whose activations the memory is."""

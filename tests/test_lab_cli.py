@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from opcd import cli, lab_cli
-from opcd.lab import minds, running
+from opcd.lab import building, minds, running
 from opcd.lab.claims import Finding, Setup
 
 
@@ -52,7 +52,7 @@ def test_minds_are_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folders = {name: tmp_path / name for name in minds.MINDS}
-    monkeypatch.setattr(running, "build_minds", lambda processes, say: folders)
+    monkeypatch.setattr(building, "build_minds", lambda processes, say: folders)
     assert run(monkeypatch, "build") == 0
     told = capsys.readouterr().out
     assert all(f"{name}: {tmp_path / name}" in told for name in minds.MINDS)

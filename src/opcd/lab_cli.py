@@ -18,7 +18,7 @@ SEEDS = 3
 @app.command()
 def build() -> None:
     """Train the lab's models from scratch, unless they are in the cache."""
-    from opcd.lab.running import build_minds
+    from opcd.lab.building import build_minds
 
     for name, folder in build_minds(os.cpu_count() or 1, _say).items():
         _say(f"{name}: {folder}")

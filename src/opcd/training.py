@@ -5,8 +5,7 @@ Drives `opcd.distill`: validates, keeps the best weights, writes checkpoints, st
 
 import math
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from opcd.sharding import Sharding, give, weights_by_name
 from opcd.teachers import LocalTeacher
 from opcd.tracking import Tracker
 from opcd.types import Answered
+from opcd.weights import flushed_denormals
 from opcd.zero import Zero
 
 OF_SERVERS = ("servers", "key_env", "timeout_s", "retries", "parallel", "weights_folder")
@@ -148,16 +148,6 @@ def show(parts: Parts, report: StepReport, tracker: Tracker) -> None:
     tracker.step(report.metrics, sample_rollouts(parts, report))
     for trouble in report.troubles:
         tracker.say(f"step {report.metrics['step'] + 1}: {trouble}")
-
-
-@contextmanager
-def flushed_denormals() -> Iterator[None]:
-    """Within it, a CPU takes the far tails of a softmax for zero: as denormals they are slow."""
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(False)
 
 
 def due(done: int, every: int, last: int) -> bool:

@@ -1,7 +1,8 @@
 """Where weights come from: an alias, a GGUF file, a local folder or a hub id.
 
 GGUF files are turned once into a plain transformers folder in the user's cache
-(`$OPCD_CACHE`, else `~/.cache/opcd`), since reading one takes half a minute.
+(`$OPCD_CACHE`, else `~/.cache/opcd`), since reading one takes half a minute. Also how a processor
+computes with them best: in which dtype, and with which numbers taken for zero.
 """
 
 import hashlib
@@ -125,6 +126,16 @@ def auto_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False):
         return torch.bfloat16
     return torch.float32
+
+
+@contextmanager
+def flushed_denormals() -> Iterator[None]:
+    """Within it, a CPU takes the far tails of a softmax for zero: as denormals they are slow."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def _convert(file: Path, folder: Path) -> None:

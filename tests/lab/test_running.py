@@ -8,7 +8,7 @@ import pytest
 
 from opcd.errors import ConfigError
 from opcd.lab import running
-from opcd.lab.running import CLAIMS, TOGETHER, build_minds, read_claims, run_claims
+from opcd.lab.running import CLAIMS, TOGETHER, read_claims, run_claims
 from opcd.lab.setups import Finding, Setup
 
 
@@ -43,7 +43,7 @@ def test_claims_are_tried_for_each_seed_and_then_decided_over_all(
 
     for name in ("gains", "rounds", "growth"):
         monkeypatch.setitem(CLAIMS, name, claim(name))
-    monkeypatch.setattr(running, "mind_folder", lambda *_: tmp_path)
+    monkeypatch.setattr(running, "build_minds", lambda *_: {})
     monkeypatch.setattr(running, "ProcessPoolExecutor", pool)
     said: list[object] = []
     names = ("rounds", "gains", "growth")
@@ -53,12 +53,3 @@ def test_claims_are_tried_for_each_seed_and_then_decided_over_all(
     assert sorted(asked[:-3]) == sorted([*each, ("gains", (0,)), ("gains", (1,))])
     assert asked[-3:] == [(name, (0, 1)) for name in names]
     assert [str(text)[:6] for text in said] == ["1 of 4", "2 of 4", "3 of 4", "4 of 4"]
-
-
-def test_every_mind_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that are in the cache cost nothing, and nothing is said of them."""
-    monkeypatch.setattr(running, "mind_folder", lambda mind: tmp_path / mind.name)
-    monkeypatch.setattr(running, "_pool", ThreadPoolExecutor)
-    said: list[object] = []
-    found = build_minds(2, said.append)
-    assert found == {name: tmp_path / name for name in running.MINDS} and said == []

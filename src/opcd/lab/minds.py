@@ -27,8 +27,7 @@ from opcd.lab import documents
 from opcd.lab import language as words
 from opcd.lab.documents import IGNORED, Document
 from opcd.lab.lakes import Lake, lake_of
-from opcd.training import flushed_denormals
-from opcd.weights import auto_dtype, cache_folder
+from opcd.weights import auto_dtype, cache_folder, flushed_denormals
 
 LAKE = FrozenLake(
     size=4,
@@ -115,7 +114,7 @@ def train(mind: Mind, say: Say = lambda _: None) -> Any:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            if (step + 1) % 50 == 0:
+            if (step + 1) % 25 == 0:
                 told = ", ".join(f"{family} {nats:.2f}" for family, nats in losses.items())
                 wall_s = time.monotonic() - started
                 say(f"step {step + 1} of {mind.steps}, {wall_s:.0f} s, nats a token: {told}")

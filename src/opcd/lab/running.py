@@ -1,17 +1,15 @@
 """All claims of the lab in one go: trials side by side in several processes, then the verdicts."""
 
 import multiprocessing
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from opcd.errors import ConfigError
 from opcd.lab import claims, learning
-from opcd.lab.minds import MINDS, mind_folder
+from opcd.lab.building import build_minds
 from opcd.lab.setups import Finding, Say, Setup
 
 CLAIMS: dict[str, Callable[[Setup], Finding]] = {
@@ -72,26 +70,9 @@ def run_claims(setup: Setup, names: Sequence[str], processes: int, say: Say) -> 
     return {name: CLAIMS[name](setup) for name in names}
 
 
-def build_minds(processes: int, say: Say) -> dict[str, Path]:
-    """The folder of each mind; those that are not in the cache are trained side by side."""
-    with _pool(processes) as pool:
-        waiting = {name: pool.submit(_build, name) for name in MINDS}
-        found = {name: done.result() for name, done in waiting.items()}
-    for name, (_, wall_s) in found.items():
-        if wall_s >= 1:
-            say(f"the {name} model of the lab was trained from scratch in {wall_s:.0f} s")
-    return {name: folder for name, (folder, _) in found.items()}
-
-
 def _pool(processes: int) -> ProcessPoolExecutor:
     # Forked processes would share torch's threads, which do not survive it.
     return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
-
-
-def _build(name: str) -> tuple[Path, float]:
-    torch.set_num_threads(1)
-    started = time.monotonic()
-    return mind_folder(MINDS[name]), time.monotonic() - started
 
 
 def _try(names: Sequence[str], setup: Setup) -> None:

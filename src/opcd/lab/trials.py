@@ -27,8 +27,9 @@ from opcd.lab.worlds import ROWS, World, WorldName, answer_of, other_truths, pro
 from opcd.responses import Response, mean, nats_by_response, respond, rows_of, score
 from opcd.runs import write_json
 from opcd.suites import kept
-from opcd.training import due, flushed_denormals, is_better, prepare
+from opcd.training import due, is_better, prepare
 from opcd.types import Condition, Context, Message, Task
+from opcd.weights import flushed_denormals
 
 Marks = list[float]
 """1 for each test row or board that is right, else 0; always in the same order."""
