@@ -45,7 +45,7 @@ def test_claims_are_written(
     assert asked == [(Path("runs/lab"), (0,), lab_cli.QUICK_PACE, ("gains",))]
     assert "gains: undecided" in capsys.readouterr().out
     text = (tmp_path / "pages" / "claims.md").read_text(encoding="utf-8")
-    assert "1 world" in text and "50 % of the steps" in text
+    assert "1 world" in text and "40 % of the steps" in text
 
 
 def test_minds_are_built(

@@ -11,7 +11,7 @@ from rich.console import Console
 app = typer.Typer(help="Test the method's claims in a tiny world.", no_args_is_help=True)
 console = Console()
 
-QUICK_PACE = 0.5
+QUICK_PACE = 0.4
 SEEDS = 3
 
 
@@ -27,7 +27,7 @@ def build() -> None:
 @app.command()
 def claims(
     quick: Annotated[
-        bool, typer.Option("--quick", help="One seed, half the steps: a look, no verdict.")
+        bool, typer.Option("--quick", help="One seed, fewer steps: a look, no verdict.")
     ] = False,
     only: Annotated[str, typer.Option(help="Claims, with commas between; default: all.")] = "",
     out: Annotated[Path, typer.Option(help="Where claims.md and claims.svg go.")] = Path("docs"),

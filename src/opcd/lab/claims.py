@@ -128,10 +128,15 @@ def sizes(setup: Setup) -> Finding:
     teacher = {"teacher": {"type": "frozen", "path": str(mind_folder(MINDS["large"]))}}
     lines: list[Line] = []
     comparisons: list[Comparison] = []
-    for size in ("middle", "small"):
+    found: dict[str, tuple[list[Measured], list[Measured]]] = {}
+    # The small one first: by then another process has measured what `gains` has of the middle one.
+    for size in ("small", "middle"):
         student = _student(size)
         own = setup.measure("lake", f"on-policy, lake, {size}", student)
         cross = setup.measure("lake", f"{size} student, large teacher", student, teacher)
+        found[size] = own, cross
+    for size in ("middle", "small"):
+        own, cross = found[size]
         marks = {
             f"{size}, base": [m.base for m in own],
             f"{size}, in_context": [m.in_context for m in own],
