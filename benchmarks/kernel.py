@@ -68,7 +68,8 @@ def losses(way: str) -> Loss:
 def measure(way: str, vocabulary: int, width: int) -> dict[str, Any]:
     """Time, memory, value and gradient of one way."""
     torch.manual_seed(0)
-    weight_VD = torch.randn(vocabulary, width) / width**0.5
+    # In place: a second copy, let go of again, would be room in which the loss's own peak hides.
+    weight_VD = torch.randn(vocabulary, width).div_(width**0.5)
     student_TD = torch.randn(TOKENS, width, requires_grad=True)
     teacher_TD = torch.randn(TOKENS, width)
     loss = losses(way)
