@@ -251,7 +251,7 @@ class Case:
     """Of the last server's answers, by the number of processes."""
     teacher: bool = False
     """Whether the server is a teacher's, and not one that answers."""
-    fsdp: bool = False
+    cut: str = "ddp"
     like: str = ""
     """The run it would have been, if its server had not failed."""
 
@@ -260,7 +260,7 @@ CASES = {
     # Adapters are loaded at the start, before each later step, and for the validations after two
     # and four; of two processes also before the first, for which DDP gives all the same weights.
     "lora": Case(("rollout.retries=2",), 2, lambda processes: once_loaded(1 + processes, 2)),
-    "full": Case((*FULL,), fsdp=True),
+    "full": Case((*FULL,), cut="fsdp"),
     "remote": Case((OF_TEACHER,), teacher=True),
     "gone": Case((), 2, lambda _: once_loaded(5, 99), like="lora"),
     "gone_validating": Case((), 2, lambda _: once_loaded(4, 99), like="lora"),
@@ -282,7 +282,7 @@ class Pair:
         entries = [
             {
                 "config": str(self.write(name)),
-                "fsdp": case.fsdp,
+                "cut": case.cut,
                 "resume": False,
                 "signal": None,
                 "step": 0,
