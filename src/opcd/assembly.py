@@ -15,7 +15,7 @@ from opcd.config import Run, check_files, training
 from opcd.errors import ConfigError
 from opcd.graders import Grader, build_grader
 from opcd.items import Item, check_last_turn, pairs_of, render_splits, weights_of
-from opcd.launch import build_accelerator, on_main, own, read_fsdp
+from opcd.launch import build_accelerator, on_main, own, read_fsdp, read_zero
 from opcd.openings import MIN_PREFIX_TOKENS, Openings
 from opcd.prefix_cache import token_bytes
 from opcd.remote import RemoteTeacher
@@ -261,7 +261,7 @@ def share_openings(teacher: LocalTeacher, items: Mapping[str, Sequence[Item]]) -
         # Weights in shards are whole for one pass at a time, and an opening is a pass of its own.
         left = (
             "what does not fit is read with every prompt, since weights are in shards"
-            if read_fsdp()
+            if read_fsdp() or read_zero()
             else "those used least recently are read again"
         )
         notes.append(
