@@ -226,16 +226,26 @@ def assert_same_first_step(row: dict[str, Any], other: dict[str, Any]) -> None:
 
 def test_a_signal_to_one_stops_both_at_one_step_and_one_goes_on(ends: Ends) -> None:
     """The checkpoint of two processes resumes in one."""
-    assert ends.of("ddp_stopped") == [{"steps": 2, "interrupted_by": signal.SIGTERM}] * 2
-    folder, run = open_run(ends.folder_of("ddp_stopped", 2).path)
+    assert_one_goes_on(ends, "ddp_stopped")
+
+
+def assert_one_goes_on(ends: Ends, name: str) -> None:
+    """Two processes stopped at one step; a single one ends as if it had made all steps."""
+    assert ends.of(name) == [{"steps": 2, "interrupted_by": signal.SIGTERM}] * 2
+    folder, run = open_run(ends.folder_of(name, 2).path)
     assert train(run, resume=True).steps == 4
-    assert_same_numbers(folder, ends.folder_of("ddp_stopped", 1))
+    assert_same_numbers(folder, ends.folder_of(name, 1))
 
 
 def test_a_checkpoint_of_one_resumes_in_two(ends: Ends) -> None:
     """In shards: optimiser, weights and schedule."""
-    assert ends.of("fsdp_resumed") == [{"steps": 4, "interrupted_by": None}] * 2
-    assert_same_numbers(ends.folder_of("fsdp_resumed", 2), ends.folder_of("fsdp_resumed", 1))
+    assert_two_go_on(ends, "fsdp_resumed")
+
+
+def assert_two_go_on(ends: Ends, name: str) -> None:
+    """Two processes took over the checkpoint of one, and end as one that made all steps."""
+    assert ends.of(name) == [{"steps": 4, "interrupted_by": None}] * 2
+    assert_same_numbers(ends.folder_of(name, 2), ends.folder_of(name, 1))
 
 
 def test_when_one_is_killed_the_other_says_so_and_the_run_goes_on(ends: Ends) -> None:

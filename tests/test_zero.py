@@ -4,7 +4,6 @@ Skipped where DeepSpeed is not installed (`pip install 'opcd-lm[deepspeed]'`); t
 shipped for it is read in `test_launch.py` in any case.
 """
 
-import signal
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -19,17 +18,17 @@ from opcd.checkpoint import pack_optimizer, unpack_optimizer
 from opcd.chunking import Hidden
 from opcd.config.training import Full, Lora, Loss
 from opcd.models import Distiller, hidden_states, output_head
-from opcd.runs import open_run
 from opcd.sharding import give, layers_of, summing_later, weights_by_name
-from opcd.training import train
 from opcd.zero import SETTINGS, Zero
 from test_launch import (
     FULL,
     LORA,
     UNEVEN,
     Ends,
+    assert_one_goes_on,
     assert_same_first_step,
     assert_same_numbers,
+    assert_two_go_on,
     load_best,
     rows_of,
     run_all,
@@ -82,15 +81,11 @@ def test_bfloat16_stays_near_one_process(ends: Ends, name: str) -> None:
 
 
 def test_a_signal_stops_both_and_their_checkpoint_resumes_in_one(ends: Ends) -> None:
-    assert ends.of("zero_stopped") == [{"steps": 2, "interrupted_by": signal.SIGTERM}] * 2
-    folder, run = open_run(ends.folder_of("zero_stopped", 2).path)
-    assert train(run, resume=True).steps == 4
-    assert_same_numbers(folder, ends.folder_of("zero_stopped", 1))
+    assert_one_goes_on(ends, "zero_stopped")
 
 
 def test_a_checkpoint_of_one_resumes_in_two(ends: Ends) -> None:
-    assert ends.of("zero_resumed") == [{"steps": 4, "interrupted_by": None}] * 2
-    assert_same_numbers(ends.folder_of("zero_resumed", 2), ends.folder_of("zero_resumed", 1))
+    assert_two_go_on(ends, "zero_resumed")
 
 
 def test_when_one_is_killed_the_other_says_so(ends: Ends) -> None:

@@ -148,6 +148,11 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def writes_to(model: Any) -> int:
+    """How often what is trained has been written to: weights may also be loaded between steps."""
+    return sum(weight._version for weight in trainable(model).values())
+
+
 def in_shards(model: nn.Module) -> bool:
     """Whether this process holds only a part of a model's weights."""
     layers = (module for module in model.modules() if isinstance(module, FSDPModule))

@@ -1,32 +1,15 @@
 """Items of experience from a server that speaks OpenAI's protocol. The key is never shown."""
 
 import json
-import os
-import socket
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from http.client import HTTPException
-from typing import Any
 
 from opcd.config.extractors import Endpoint
 from opcd.config.servers import pause_s
-from opcd.errors import ConfigError, ExtractorError
+from opcd.errors import ExtractorError
 from opcd.extraction import Request, Written
-from opcd.servers import spread
-
-PASSING = (408, 409, 425, 429, 500, 502, 503, 504)
-"""Statuses after which the same prompt may well be answered."""
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect is refused: the key would go along to wherever it points."""
-
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        """Follow none."""
-        return
+from opcd.servers import PASSING, Refusal, Unreached, fetch, find_key, spread, without_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,28 +68,19 @@ class EndpointExtractor:
         Raises:
             ExtractorError: the trouble will not pass by itself.
         """
-        headers = {"Content-Type": "application/json"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
-        request = urllib.request.Request(self.url, body, headers)
-        opener = urllib.request.build_opener(_NoRedirect)
+        timeout_s = self.endpoint.timeout_s
         try:
-            with opener.open(request, timeout=self.endpoint.timeout_s) as reply:
-                return self._read(reply.read())
-        except urllib.error.HTTPError as error:
-            with error:
-                return self._refused(error.code, error.read().decode("utf-8", "replace"))
-        except urllib.error.URLError as error:
-            if isinstance(error.reason, socket.gaierror):
+            reply = fetch(self.url, body, self.key, timeout_s, "extractor.timeout_s")
+        except Refusal as refusal:
+            return self._refused(refusal.status, refusal.said)
+        except Unreached as trouble:
+            if trouble.unknown_host:
                 raise ExtractorError(
-                    f"{self.url}: there is no such host ({error.reason}); correct "
+                    f"{self.url}: there is no such host ({trouble.unknown_host}); correct "
                     "experience.extractor.url"
                 ) from None
-            return f"no connection ({error.reason})"
-        except TimeoutError:
-            return f"no answer within {self.endpoint.timeout_s:g} s (extractor.timeout_s)"
-        except (OSError, HTTPException) as error:
-            return f"the connection broke ({type(error).__name__})"
+            return str(trouble)
+        return self._read(reply)
 
     def _read(self, reply: bytes) -> Written:
         try:
@@ -115,7 +89,7 @@ class EndpointExtractor:
             if text is not None and not isinstance(text, str):
                 raise TypeError("content is no text")
         except (ValueError, LookupError, TypeError) as error:
-            shown = self._without_key(reply[:200].decode("utf-8", "replace"))
+            shown = without_key(reply[:200].decode("utf-8", "replace"), self.key)
             raise ExtractorError(
                 f"{self.url}: no answer of the chat protocol ({type(error).__name__}): {shown!r}; "
                 "give the address of an OpenAI-compatible server"
@@ -123,7 +97,6 @@ class EndpointExtractor:
         return Written(text or "", choice.get("finish_reason") != "length")
 
     def _refused(self, status: int, said: str) -> Written | str:
-        said = self._without_key(" ".join(said.split()))[:300]
         if status in PASSING:
             return f"HTTP {status} ({said})"
         if status in (400, 413, 422) and "context" in said and "length" in said:
@@ -140,10 +113,6 @@ class EndpointExtractor:
             way = "see what it says"
         raise ExtractorError(f"{self.url}: HTTP {status} ({said}); {way} in experience.extractor")
 
-    def _without_key(self, text: str) -> str:
-        # Servers like to repeat the key that they refuse.
-        return text.replace(self.key, "***") if self.key else text
-
 
 def read_key(endpoint: Endpoint) -> str | None:
     """The key that the endpoint wants, from the environment.
@@ -151,11 +120,4 @@ def read_key(endpoint: Endpoint) -> str | None:
     Raises:
         ConfigError: the variable is not set.
     """
-    if endpoint.key_env is None:
-        return None
-    if key := os.environ.get(endpoint.key_env, "").strip():
-        return key
-    raise ConfigError(
-        f"experience.extractor.key_env = {endpoint.key_env!r}: there is no such environment "
-        "variable, or it is empty; set it to the key, or leave key_env out for a server without one"
-    )
+    return find_key(endpoint.key_env, "experience.extractor.key_env")

@@ -31,6 +31,7 @@ from opcd.openings import Openings
 from opcd.servers import (
     Refusal,
     Server,
+    check_log_probs,
     check_room,
     check_tokenizer,
     connect,
@@ -237,7 +238,7 @@ def read_prompt_logprobs(reply: Any, row: Row, k: int, vocabulary: int) -> Score
     found = Scored([], [], [])
     for token, entries in zip(row.ids[-row.tokens :], told[-row.tokens :], strict=True):
         known = {int(i): float(entry["logprob"]) for i, entry in entries.items()}
-        _check_log_probs(known.values())
+        check_log_probs(known.values())
         if not all(0 <= i < vocabulary for i in known):
             raise ValueError(f"an id that is none of {vocabulary}")
         if len(known) < k:
@@ -261,7 +262,7 @@ def read_scores(encoded: str, rows: int, columns: int) -> list[list[float]]:
     # A log-probability of -inf is one that rounds to nothing.
     found = numpy.maximum(table.astype(float), ABSENT).tolist()
     for line in found:
-        _check_log_probs(line)
+        check_log_probs(line)
     return found
 
 
@@ -368,10 +369,3 @@ def words_of(refusal: Refusal) -> str:
         return str(json.loads(refusal.said)["error"]["message"])
     except (ValueError, LookupError, TypeError):
         return str(refusal)
-
-
-def _check_log_probs(values: Any) -> None:
-    for value in values:
-        # A little above 0 is rounding; nan is not below anything.
-        if not -math.inf < value < 1e-2:
-            raise ValueError(f"{value} is no log-probability")

@@ -5,6 +5,7 @@ Knows no tensors: token ids go in, and what comes back is read by whoever asked.
 
 import contextlib
 import json
+import math
 import os
 import socket
 import threading
@@ -44,12 +45,77 @@ class Refusal(Exception):
         self.said = said
 
 
+class Unreached(Exception):
+    """No answer came; it may come later."""
+
+    def __init__(self, trouble: str, unknown_host: str = "") -> None:
+        """Note what happened, and what the system says where there is no such host."""
+        super().__init__(trouble)
+        self.unknown_host = unknown_host
+
+
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirect is refused: the key would go along to wherever it points."""
 
     def redirect_request(self, *_: Any, **__: Any) -> None:
         """Follow none."""
         return
+
+
+def fetch(url: str, data: bytes | None, key: str | None, timeout_s: float, setting: str) -> bytes:
+    """What a server answers, asked once; JSON is posted if there is any.
+
+    Args:
+        url: the whole address.
+        data: what is posted.
+        key: goes along, and is in no message.
+        timeout_s: how long the answer may take.
+        setting: what says so in the run.
+
+    Raises:
+        Refusal: it answers with an HTTP error.
+        Unreached: it does not answer.
+    """
+    headers = {"Content-Type": "application/json"}
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
+    request = urllib.request.Request(url, data, headers)
+    try:
+        opener = urllib.request.build_opener(_NoRedirect)
+        with opener.open(request, timeout=timeout_s) as reply:
+            return reply.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            said = " ".join(error.read().decode("utf-8", "replace").split())
+        raise Refusal(error.code, without_key(said, key)[:SHOWN]) from None
+    except urllib.error.URLError as error:
+        unknown_host = str(error.reason) if isinstance(error.reason, socket.gaierror) else ""
+        raise Unreached(f"no connection ({error.reason})", unknown_host) from None
+    except TimeoutError:
+        raise Unreached(f"no answer within {timeout_s:g} s ({setting})") from None
+    except (OSError, HTTPException) as error:
+        raise Unreached(f"the connection broke ({type(error).__name__})") from None
+
+
+def without_key(text: str, key: str | None) -> str:
+    """What a server says, fit to be shown: servers like to repeat the key that they refuse."""
+    return text.replace(key, "***") if key else text
+
+
+def find_key(key_env: str | None, setting: str) -> str | None:
+    """The key that a server wants, from the environment.
+
+    Raises:
+        ConfigError: the variable is not set.
+    """
+    if key_env is None:
+        return None
+    if key := os.environ.get(key_env, "").strip():
+        return key
+    raise ConfigError(
+        f"{setting} = {key_env!r}: there is no such environment variable, or it is empty; set it "
+        "to the key, or leave key_env out for a server without one"
+    )
 
 
 @dataclass
@@ -94,7 +160,7 @@ class Server:
             try:
                 return read(_parsed(reply))
             except (ValueError, LookupError, TypeError) as error:
-                shown = self._without_key(reply[:SHOWN].decode("utf-8", "replace"))
+                shown = without_key(reply[:SHOWN].decode("utf-8", "replace"), self.key)
                 trouble = f"nonsense in answer to {path}: {error!r} in {shown!r}"
         raise ServerError(
             f"{self.url}: {trouble}, and so {self.retries + 1} times; see to the server, then "
@@ -115,31 +181,21 @@ class Server:
 
     def _send(self, path: str, body: Any) -> bytes | str:
         """The answer, or the trouble if it may pass."""
-        headers = {"Content-Type": "application/json"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, headers)
+        setting = f"{self.table}.timeout_s"
         try:
-            opener = urllib.request.build_opener(_NoRedirect)
-            with opener.open(request, timeout=self.timeout_s) as reply:
-                self._has_answered = True
-                return reply.read()
-        except urllib.error.HTTPError as error:
-            with error:
-                said = " ".join(error.read().decode("utf-8", "replace").split())
-            return self._failed(error.code, self._without_key(said)[:SHOWN])
-        except urllib.error.URLError as error:
-            if isinstance(error.reason, socket.gaierror) and not self._has_answered:
+            reply = fetch(self.url + path, data, self.key, self.timeout_s, setting)
+        except Refusal as refusal:
+            return self._failed(refusal.status, refusal.said)
+        except Unreached as trouble:
+            if trouble.unknown_host and not self._has_answered:
                 raise ConfigError(
-                    f"{self.url}: there is no such host ({error.reason}); correct "
+                    f"{self.url}: there is no such host ({trouble.unknown_host}); correct "
                     f"{self.table}.servers"
                 ) from None
-            return f"no connection ({error.reason})"
-        except TimeoutError:
-            return f"no answer within {self.timeout_s:g} s ({self.table}.timeout_s)"
-        except (OSError, HTTPException) as error:
-            return f"the connection broke ({type(error).__name__})"
+            return str(trouble)
+        self._has_answered = True
+        return reply
 
     def _failed(self, status: int, said: str) -> str:
         if status in (401, 403) and not self._has_answered:
@@ -150,10 +206,6 @@ class Server:
         if status not in PASSING or any(sign in said for sign in FINAL):
             raise Refusal(status, said)
         return f"HTTP {status} ({said})"
-
-    def _without_key(self, text: str) -> str:
-        # Servers like to repeat the key that they refuse.
-        return text.replace(self.key, "***") if self.key else text
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,12 +222,7 @@ def connect(config: Servers, table: str) -> list[Server]:
     Raises:
         ConfigError: the variable that should hold the key is not set.
     """
-    key = os.environ.get(config.key_env, "").strip() if config.key_env else None
-    if key == "":
-        raise ConfigError(
-            f"{table}.key_env = {config.key_env!r}: there is no such environment variable, or it "
-            "is empty; set it to the key, or leave key_env out for a server without one"
-        )
+    key = find_key(config.key_env or None, f"{table}.key_env")
     urls = [url.rstrip("/").removesuffix("/v1") for url in config.servers]
     return [Server(url, table, config.timeout_s, config.retries, key) for url in urls]
 
@@ -318,3 +365,15 @@ def _base_models(reply: Any) -> dict[str, int]:
         for card in reply["data"]
         if card.get("parent") is None
     }
+
+
+def check_log_probs(values: Iterable[float]) -> None:
+    """Look at what a server calls log-probabilities.
+
+    Raises:
+        ValueError: one of them can be none.
+    """
+    for value in values:
+        # A little above 0 is rounding; nan is not below anything.
+        if not -math.inf < value < 1e-2:
+            raise ValueError(f"{value} is no log-probability")

@@ -233,13 +233,25 @@ def choose_best(
         name = "kl_nats_per_token"
         if parts.config.is_graded:
             name = parts.config.evaluation.select_by
-        highest = max(metrics[name], best.get("highest", metrics[name]))
-        found = {**metrics, "step": done, "chosen_by": name, "highest": highest}
-        if best and not is_better(found, best, name):
-            return {**best, "highest": highest}
+        found = {**metrics, "step": done, "chosen_by": name}
+        found, is_new = better_of(found, best, name)
+        if not is_new:
+            return found
     weights = weights_by_name(parts.student) if in_shards(parts.student) else None
     on_main(parts.accelerator, lambda: _keep_weights(parts, folder.best, found, weights))
     return found
+
+
+def better_of(
+    found: dict[str, Any], best: dict[str, Any], name: str
+) -> tuple[dict[str, Any], bool]:
+    """The better of a step's validation and the best so far; and whether that is the step's.
+
+    It knows the `highest` value of the metric `name` that was seen, whichever step had it.
+    """
+    is_new = not best or is_better(found, best, name)
+    highest = max(found[name], best.get("highest", found[name]))
+    return {**(found if is_new else best), "highest": highest}, is_new
 
 
 def is_better(found: dict[str, Any], best: dict[str, Any], name: str) -> bool:

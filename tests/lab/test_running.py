@@ -37,14 +37,10 @@ def test_claims_are_tried_for_each_seed_and_then_decided_over_all(
 
         return find
 
-    def pool(processes: int, context: object) -> ThreadPoolExecutor:
-        del context
-        return ThreadPoolExecutor(processes)
-
     for name in ("gains", "rounds", "growth"):
         monkeypatch.setitem(CLAIMS, name, claim(name))
     monkeypatch.setattr(running, "build_minds", lambda *_: {})
-    monkeypatch.setattr(running, "ProcessPoolExecutor", pool)
+    monkeypatch.setattr(running, "make_pool", ThreadPoolExecutor)
     said: list[object] = []
     names = ("rounds", "gains", "growth")
     found = run_claims(Setup(tmp_path, (0, 1)), names, 1, said.append)

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from opcd.config.section import Count, NonNegative, Positive, Section
+from opcd.config.servers import check_key_name
 
 
 class Student(Section):
@@ -51,11 +52,7 @@ class Endpoint(Section):
                 "url must begin with http:// or https:// and hold no user name, key or query; "
                 'write for example url = "http://localhost:8000/v1", and key_env for the key'
             )
-        if not re.fullmatch(r"[A-Za-z_]\w*", str(data.get("key_env") or "unset"), re.ASCII):
-            raise ValueError(
-                "key_env is no name of an environment variable; put the key into one and write "
-                'its name, for example key_env = "OPENAI_API_KEY"'
-            )
+        check_key_name(data.get("key_env"), "OPENAI_API_KEY")
         return data
 
 

@@ -18,6 +18,19 @@ def pause_s(failures: int) -> float:
     return min(2.0 ** (failures - 1), LONGEST_PAUSE_S)
 
 
+def check_key_name(key_env: Any, example: str) -> None:
+    """Refuse what is no name of an environment variable, without showing it: it may be the key.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not re.fullmatch(r"[A-Za-z_]\w*", str(key_env or "unset"), re.ASCII):
+        raise ValueError(
+            "key_env is no name of an environment variable; put the key into one and write "
+            f'its name, for example key_env = "{example}"'
+        )
+
+
 class Servers(Section):
     """One server or many of the same model; requests are spread over them."""
 
@@ -54,11 +67,7 @@ class Servers(Section):
                 "http:// or https:// and have no user name, key or query; write for example "
                 'servers = ["http://localhost:8000"], and key_env for a key'
             )
-        if not re.fullmatch(r"[A-Za-z_]\w*", str(data.get("key_env") or "unset"), re.ASCII):
-            raise ValueError(
-                "key_env is no name of an environment variable; put the key into one and write "
-                'its name, for example key_env = "VLLM_API_KEY"'
-            )
+        check_key_name(data.get("key_env"), "VLLM_API_KEY")
         return {**data, "servers": urls} if urls else data
 
 

@@ -13,6 +13,9 @@ from opcd.lab.minds import MINDS, mind_folder
 
 Say = Callable[[str], object]
 
+SPAWN = multiprocessing.get_context("spawn")
+"""Forked processes would share torch's threads, which do not survive it."""
+
 
 def build_minds(processes: int, say: Say) -> dict[str, Path]:
     """The folder of each mind; those that are not in the cache are trained.
@@ -24,9 +27,7 @@ def build_minds(processes: int, say: Say) -> dict[str, Path]:
         say: is told how long each mind took.
     """
     found: dict[str, tuple[Path, float]] = {}
-    # Forked processes would share torch's threads, which do not survive it.
-    spawn = multiprocessing.get_context("spawn")
-    with spawn.Manager() as manager, ProcessPoolExecutor(processes, spawn) as pool:
+    with SPAWN.Manager() as manager, make_pool(processes) as pool:
         is_last = manager.Event()
         waiting = {pool.submit(_build, name, is_last, processes): name for name in MINDS}
         for done in as_completed(waiting):
@@ -37,6 +38,11 @@ def build_minds(processes: int, say: Say) -> dict[str, Path]:
         if wall_s >= 1:
             say(f"the {name} model of the lab was trained from scratch in {wall_s:.0f} s")
     return {name: found[name][0] for name in MINDS}
+
+
+def make_pool(processes: int) -> ProcessPoolExecutor:
+    """So many processes to train in."""
+    return ProcessPoolExecutor(processes, SPAWN)
 
 
 def _build(name: str, is_last: Event, threads: int) -> tuple[Path, float]:

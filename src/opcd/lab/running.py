@@ -1,15 +1,14 @@
 """All claims of the lab in one go: trials side by side in several processes, then the verdicts."""
 
-import multiprocessing
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import replace
 
 import torch
 
 from opcd.errors import ConfigError
 from opcd.lab import claims, learning
-from opcd.lab.building import build_minds
+from opcd.lab.building import build_minds, make_pool
 from opcd.lab.setups import Finding, Say, Setup
 
 CLAIMS: dict[str, Callable[[Setup], Finding]] = {
@@ -63,18 +62,13 @@ def run_claims(setup: Setup, names: Sequence[str], processes: int, say: Say) -> 
     jobs = [
         (group, replace(setup, seeds=(seed,))) for group in groups if group for seed in setup.seeds
     ]
-    with _pool(processes) as pool:
+    with make_pool(processes) as pool:
         waiting = {pool.submit(_try, *job): job for job in jobs}
         for number, done in enumerate(as_completed(waiting), start=1):
             group, own = waiting[done]
             done.result()
             say(f"{number} of {len(jobs)}: {', '.join(group)}, seed {own.seeds[0]}")
     return {name: CLAIMS[name](setup) for name in names}
-
-
-def _pool(processes: int) -> ProcessPoolExecutor:
-    # Forked processes would share torch's threads, which do not survive it.
-    return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
 
 
 def _try(names: Sequence[str], setup: Setup) -> None:

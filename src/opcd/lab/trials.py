@@ -27,7 +27,7 @@ from opcd.lab.worlds import ROWS, World, WorldName, answer_of, other_truths, pro
 from opcd.responses import Response, mean, nats_by_response, respond, rows_of, score
 from opcd.runs import write_json
 from opcd.suites import kept
-from opcd.training import due, is_better, prepare
+from opcd.training import better_of, due, prepare
 from opcd.types import Condition, Context, Message, Task
 from opcd.weights import flushed_denormals
 
@@ -140,11 +140,8 @@ def train_to_best(parts: Parts) -> tuple[list[dict[str, Any]], int]:
         if every > run.steps or not due(trainer.step, every, run.steps):
             continue
         found = {**validate(parts, trainer.step - 1), "step": trainer.step}
-        found["highest"] = max(found["correct"], best.get("highest", 0.0))
-        if best and not is_better(found, best, "correct"):
-            best["highest"] = found["highest"]
-        else:
-            best = found
+        best, is_new = better_of(found, best, "correct")
+        if is_new:
             weights = {name: w.detach().clone() for name, w in trainable(parts.student).items()}
     with torch.no_grad():
         for name, weight in weights.items():

@@ -24,7 +24,7 @@ from opcd.adapters import (
     in_shards,
     merged_weights,
     share_frozen,
-    trainable,
+    writes_to,
 )
 from opcd.batching import padded_width
 from opcd.models import output_head, why_no_prefix
@@ -92,7 +92,7 @@ class HFEngine:
         self._policy = policy
         if policy == "base" and not in_shards(self._base):
             return
-        moved = sum(p._version for p in trainable(self._student).values())
+        moved = writes_to(self._student)
         copied = ("student", version, moved) if policy == "student" else ("base", 0, 0)
         if self._copied == copied:
             return

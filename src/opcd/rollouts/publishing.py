@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from opcd.adapters import in_shards, save_weights, trainable
+from opcd.adapters import in_shards, save_weights, writes_to
 from opcd.errors import OpcdError, ServerError
 from opcd.rollouts.engine import Policy
 from opcd.servers import Refusal, Server, spread
@@ -232,11 +232,6 @@ class WeightPublisher:
 def gathered(model: Any) -> dict[str, Tensor] | None:
     """What was trained, if it is in shards, in the main process; all have to ask together."""
     return weights_by_name(model) if in_shards(model) else None
-
-
-def writes_to(model: Any) -> int:
-    """How often what is trained has been written to: weights may also be loaded between steps."""
-    return sum(weight._version for weight in trainable(model).values())
 
 
 def load_adapter(server: Server, path: Path) -> None:

@@ -4,7 +4,6 @@ The prompts of a call are spread over the servers, many under way together; whic
 depends on the sampling seed and the task id. Text is never sent, nor read.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from opcd.config.rollouts import VllmRollout
 from opcd.errors import ServerError
 from opcd.rollouts.engine import Policy, Prompt, Sampling
 from opcd.rollouts.publishing import Publisher
-from opcd.servers import Refusal, Server, spread
+from opcd.servers import Refusal, Server, check_log_probs, spread
 from opcd.types import Rollout
 
 MOST_RESTARTS = 2
@@ -135,9 +134,7 @@ def read_response(reply: Any, prompt: Prompt, end_ids: frozenset[int], vocabular
         raise ValueError(f"{len(ids)} tokens with {len(log_probs)} log-probabilities")
     if not all(isinstance(i, int) and 0 <= i < vocabulary for i in ids):
         raise ValueError(f"an id that is none of {vocabulary}")
-    # A little above 0 is rounding; nan is not below anything.
-    if not all(-math.inf < value < 1e-2 for value in log_probs):
-        raise ValueError("what is no log-probability")
+    check_log_probs(log_probs)
     finished = ids[-1] in end_ids
     if not finished and len(ids) < prompt.max_new_tokens:
         raise ValueError(f"cut after {len(ids)} of {prompt.max_new_tokens} tokens")
