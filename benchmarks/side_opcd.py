@@ -56,7 +56,7 @@ train = "train.jsonl"
 [rollout]
 max_new_tokens = {load.new_tokens}
 [loss]
-chunk_tokens = 64
+chunk_tokens = 32
 [optimizer]
 lr = {load.lr}
 schedule = "constant"

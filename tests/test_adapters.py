@@ -206,7 +206,7 @@ def test_what_peft_alone_knows_is_left_to_it() -> None:
     slow_down(model)
     torch.manual_seed(1)
     for name, gradient in gradients(model).items():
-        assert torch.equal(found[name], gradient), name
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
     model = tuned(LORA)
     wanted = logits(model)
     model.merge_adapter()

@@ -36,7 +36,7 @@ FLOORS = (
         "memory",
         "servers",
     ),
-    ("divergence", "batching", "chunking", "products"),
+    ("divergence", "batching", "chunking", "products", "norms", "ragged"),
     (
         "weights",
         "adapters",

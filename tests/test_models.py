@@ -19,6 +19,7 @@ from opcd.config.training import Full, Loss
 from opcd.errors import ModelError
 from opcd.models import (
     Distiller,
+    can_be_ragged,
     check_head,
     check_same_vocabulary,
     hidden_states,
@@ -77,34 +78,74 @@ def side_of(prompts: Sequence[tuple[int, ...]]) -> Side:
     return collate(pairs, rollouts).student
 
 
+OPENED = side_of([(*range(10, 29), 40 + row, *range(50, 50 + row)) for row in range(5)])
+
+
+def read_and_differentiate(model: Any, side: Side) -> tuple[Tensor, list[Tensor], int]:
+    """`hidden_TD`, the gradients of what is trained, and how many tokens were embedded."""
+    read: list[int] = []
+    embed = model.get_input_embeddings()
+    hook = embed.register_forward_hook(lambda _, ids, __: read.append(ids[0].numel()))
+    hidden_TD = hidden_states(model, side)
+    hook.remove()
+    (hidden_TD * torch.arange(len(hidden_TD)).unsqueeze(-1)).sum().backward()
+    grads = [p.grad for p in trainable(model).values() if p.grad is not None]
+    return hidden_TD.detach(), grads, sum(read)
+
+
+def assert_same_pass(ours: Any, wanted: Any) -> None:
+    """The same hidden states and gradients."""
+    torch.testing.assert_close(ours[0], wanted[0], rtol=1e-4, atol=1e-5)
+    assert len(ours[1]) == len(wanted[1]) > 0
+    for our_grad, wanted_grad in zip(ours[1], wanted[1], strict=True):
+        assert (our_grad - wanted_grad).norm() < 1e-5 * wanted_grad.norm()
+
+
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_an_opening_that_all_rows_share_is_read_once(
     checkpointed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Same hidden states and gradients as reading it with each row, in one forward less long."""
-    side = side_of([(*range(10, 29), 40 + row, *range(50, 50 + row)) for row in range(5)])
-    assert shared_opening(side) == 16, "19 shared tokens, in steps of 8"
+    """Where rows stand side by side, as on a GPU: once and in one forward less long."""
+    assert shared_opening(OPENED) == 16, "19 shared tokens, in steps of 8"
+    monkeypatch.setattr(models, "PLAIN_ATTENTION_TOKENS", 0)
 
-    def run(tokens: int) -> tuple[Tensor, list[Tensor | None], list[int]]:
-        model, read = tuned(), []
+    def run(tokens: int) -> tuple[Tensor, list[Tensor], int]:
+        model = tuned()
         if checkpointed:
             causal_model(model).gradient_checkpointing_enable({"use_reentrant": False})
             model.train()
-        embed = model.get_input_embeddings()
-        embed.register_forward_hook(lambda _, ids, __: read.append(ids[0].numel()))
         monkeypatch.setattr(models, "MIN_SAVED_TOKENS", tokens)
-        hidden_TD = hidden_states(model, side)
-        (hidden_TD * torch.arange(len(hidden_TD)).unsqueeze(-1)).sum().backward()
-        return hidden_TD.detach(), [p.grad for p in trainable(model).values()], read
+        return read_and_differentiate(model, OPENED)
 
-    whole_TD, whole_grads, whole_read = run(10**6)
-    shared_TD, shared_grads, shared_read = run(4 * 16)
-    torch.testing.assert_close(shared_TD, whole_TD, rtol=1e-4, atol=1e-5)
-    for ours, wanted in zip(shared_grads, whole_grads, strict=True):
-        torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-3)
-    assert sum(whole_read) == side.ids_BS.numel()
-    assert sum(shared_read) == sum(whole_read) - (0 if checkpointed else 4 * 16)
+    whole, shared = run(10**6), run(4 * 16)
+    assert_same_pass(shared, whole)
+    assert whole[2] == OPENED.ids_BS.numel()
+    assert shared[2] == whole[2] - (0 if checkpointed else 4 * 16)
+
+
+@pytest.mark.parametrize("tuning", [LORA, Full()], ids=["lora", "full"])
+@pytest.mark.parametrize("opened", [True, False])
+def test_short_rows_are_read_one_after_the_other(
+    tuning: Any, opened: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same hidden states and gradients as side by side, without padding."""
+    side = OPENED if opened else side_of([tuple(range(30 + n, 37 + 4 * n)) for n in range(4)])
+    assert bool(shared_opening(side)) == opened
+    found = read_and_differentiate(tuned(tuning), side)
+    used = sum(map(len, side.rows())) - (4 * 16 if opened else 0)
+    assert found[2] == (used // 32 + 1) * 32 < side.ids_BS.numel()
+    monkeypatch.setattr(models, "PLAIN_ATTENTION_TOKENS", 0)
+    assert_same_pass(found, read_and_differentiate(tuned(tuning), side))
+
+
+def test_models_with_attention_of_their_own_are_read_side_by_side() -> None:
+    """A window, capped scores or dropout are not what `ragged` computes."""
+    ids_BS = torch.ones(2, 8, dtype=torch.long)
+    assert can_be_ragged(tiny_llama(), ids_BS)
+    assert not can_be_ragged(build(HEADS["gemma2, capped"]), ids_BS)
+    assert not can_be_ragged(tiny_llama(attention_dropout=0.1), ids_BS)
+    assert not can_be_ragged(tiny_llama(), torch.ones(1, 513, dtype=torch.long))
 
 
 def test_an_opening_ends_before_the_first_response_token() -> None:

@@ -15,13 +15,14 @@ from transformers import (
 )
 
 from allocated import peak_bytes
-from opcd import prefix_cache
+from opcd import models, prefix_cache
 from opcd.batching import collate
 from opcd.models import hidden_states, output_head, why_no_prefix
 from opcd.prefix_cache import (
     SharedPrefix,
     forward_after_prefix,
     read_prefix,
+    states_after_prefix,
     token_bytes,
 )
 from tiny import SHAPE, build, pair_of, random_ids, rollout_of
@@ -68,6 +69,25 @@ def difference(model: Any) -> float:
 def test_cached_equals_uncached_on_ragged_batches(model: Any) -> None:
     assert why_no_prefix(model) is None
     assert difference(model) < 1e-4
+
+
+@torch.no_grad()
+def test_rows_one_after_the_other_stand_each_behind_its_own_prefix(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As side by side, and as read in full; two rows of one prefix, and one of another."""
+    whole = collate(PAIRS, ROLLOUTS).teacher
+    cuts = [PREFIX, PREFIX - 40, PREFIX]
+    own, place_T = whole.part([0, 2, 1], [cuts[0], cuts[2], cuts[1]])
+    long, short = (read_prefix(model, PAIRS[0].teacher_ids[:cut]) for cut in cuts[:2])
+    behind = [long, long, short]
+    found_TD = states_after_prefix(model, behind, own)
+    torch.testing.assert_close(
+        found_TD[place_T.argsort()], hidden_states(model, whole), rtol=1e-4, atol=1e-4
+    )
+    monkeypatch.setattr(models, "PLAIN_ATTENTION_TOKENS", 0)
+    side_by_side_TD = states_after_prefix(model, behind, own)
+    torch.testing.assert_close(found_TD, side_by_side_TD, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("fused", [1, 10**6], ids=["by the fused kernel", "by plain products"])

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from opcd.config.training import Full, Lora
 from opcd.errors import ModelError
+from opcd.norms import speed_up_norms
 from opcd.products import Adapter, adapted_product, gated_product, product
 
 
@@ -69,6 +70,7 @@ def tune(model: Any, tuning: Lora | Full, seed: int) -> Any:
             'write "all-linear"'
         )
     speed_up(base)
+    speed_up_norms(base)
     return tuned
 
 

@@ -38,6 +38,11 @@ class Side:
         ends = zip(self._ids(), self._bounds("amin"), strict=True)
         return [ids[: first + 1] for ids, first in ends]
 
+    def rows(self) -> list[tuple[int, ...]]:
+        """Each row's tokens up to the last that predicts one of the response."""
+        ends = zip(self._ids(), self._bounds("amax"), strict=True)
+        return [ids[: last + 1] for ids, last in ends]
+
     def part(self, rows: Sequence[int], cuts: Sequence[int]) -> tuple["Side", Tensor]:
         """Some rows without tokens at their heads, and where among all T theirs are.
 

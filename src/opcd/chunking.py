@@ -119,7 +119,8 @@ def chunked_stats(
         student_CV: Tensor, teacher_CD: Tensor, response_C: Tensor
     ) -> tuple[TokenStats, Tensor]:
         stats, gradient_CV = stats_and_gradient(*sides(student_CV, teacher_CD), response_C, loss)
-        return stats, pad(gradient_CV, (0, student_CV.shape[-1] - gradient_CV.shape[-1]))
+        missing = student_CV.shape[-1] - gradient_CV.shape[-1]
+        return stats, pad(gradient_CV, (0, missing)) if missing else gradient_CV
 
     others = (teacher_TD, response_T)
     return _in_chunks(student_TD, student_head, others, Scoring(one_chunk, differentiate), loss)
@@ -165,15 +166,26 @@ def _in_chunks(
         return zip(*(side_T.split(loss.chunk_tokens) for side_T in sides), strict=True)
 
     def run_frozen(student_TD: Tensor) -> tuple[TokenStats, Tensor]:
-        found, gradients = [], []
+        # What stays is there before the logits come and go: between them it would keep the C
+        # library from using their places again.
+        gradient_TD, precise = (
+            torch.empty_like(student_TD),
+            torch.promote_types(student_TD.dtype, torch.float32),
+        )
+        found = TokenStats(
+            *(student_TD.new_empty(len(student_TD), dtype=precise) for _ in TokenStats._fields)
+        )
+        end = 0
         for student_CD, *rest in slices(student_TD, *others):
+            start, end = end, end + len(student_CD)
             leaf_CD = student_CD.detach().requires_grad_()
             with torch.enable_grad():
                 student_CV = student_head(leaf_CD)
             stats, gradient_CV = scoring.stats_and_gradient(student_CV.detach(), *rest)
-            gradients += torch.autograd.grad(student_CV, leaf_CD, gradient_CV)
-            found.append(stats)
-        return _join(found), torch.cat(gradients)
+            (gradient_TD[start:end],) = torch.autograd.grad(student_CV, leaf_CD, gradient_CV)
+            for column_T, column_C in zip(found, stats, strict=True):
+                column_T[start:end] = column_C
+        return found, gradient_TD
 
     # The head of no token costs nothing, and tells whether it would be trained.
     if torch.is_grad_enabled() and not student_head(student_TD[:0].detach()).requires_grad:

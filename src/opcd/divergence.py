@@ -145,7 +145,10 @@ def stats_and_gradient(
         )
     student_CV = _log_probs(student_logits_CV.detach(), loss.temperature)
     teacher_CV = _log_probs(teacher_logits_CV.detach(), loss.temperature)
-    log_prob_C = log_prob_of(student_logits_CV.detach(), response_C)
+    if loss.temperature == 1.0:
+        log_prob_C = student_CV.gather(-1, response_C.unsqueeze(-1)).squeeze(-1)
+    else:
+        log_prob_C = log_prob_of(student_logits_CV.detach(), response_C)
     probs_CV = student_CV.exp()
     entropy_C = -_dot(probs_CV, student_CV)
     log_ratio_CV = student_CV.sub_(teacher_CV)

@@ -13,7 +13,7 @@ from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import DynamicCache
+from transformers import AttentionInterface, DynamicCache
 
 from opcd.adapters import causal_model, in_shards
 from opcd.batching import WIDTH_STEP, Batch, Side
@@ -22,6 +22,7 @@ from opcd.config.training import Loss
 from opcd.divergence import TokenStats
 from opcd.errors import ModelError
 from opcd.products import can_pack, frozen_product, pack
+from opcd.ragged import Layout, attend
 
 T = TypeVar("T")
 
@@ -70,8 +71,11 @@ def hidden_states(model: Any, side: Side) -> Tensor:
     """The hidden states that predict the response tokens, `hidden_TD`; no head is run.
 
     An opening that all rows share, such as a chat template's own system message, is read once for
-    all of them, and gets its gradient from all of them (`prefix_cache` has none to give).
+    all of them, and gets its gradient from all of them (`prefix_cache` has none to give). On a CPU
+    short rows are read one after the other, without padding.
     """
+    if can_be_ragged(model, side.ids_BS):
+        return _in_one_sequence(model, side)
     decoder = causal_model(model).get_decoder()
     on_cpu, length = side.ids_BS.device.type == "cpu", side.ids_BS.shape[1]
     recomputed = getattr(decoder, "gradient_checkpointing", False)
@@ -91,6 +95,52 @@ def hidden_states(model: Any, side: Side) -> Tensor:
         rest_BS = side.ids_BS[:, shared:]
         hidden_BSD = decoder(input_ids=rest_BS, past_key_values=cache).last_hidden_state
     return hidden_BSD[side.row_T, side.column_T - shared]
+
+
+def can_be_ragged(model: Any, ids_BS: Tensor) -> bool:
+    """Whether a batch of rows is read as one sequence: short rows, on a CPU, by plain attention.
+
+    A GPU's fused attention is worth more than the padding; long rows have too many scores.
+    """
+    config = causal_model(model).config.get_text_config()
+    return (
+        ids_BS.device.type == "cpu"
+        and ids_BS.shape[1] <= PLAIN_ATTENTION_TOKENS
+        and not getattr(causal_model(model).get_decoder(), "gradient_checkpointing", False)
+        and not getattr(config, "attention_dropout", 0.0)
+        and not why_no_prefix(model)
+    )
+
+
+def _in_one_sequence(model: Any, side: Side) -> Tensor:
+    rows, shared = side.rows(), shared_opening(side)
+    layout = Layout(tuple(len(row) - shared for row in rows), shared, side.ids_BS.device)
+    decoder = causal_model(model).get_decoder()
+    ids_1T, positions_1T = layout.join(rows), layout.positions()
+    with attention(model, "opcd_ragged"):
+        read = decoder(input_ids=ids_1T, position_ids=positions_1T, use_cache=False, layout=layout)
+    places_T = layout.places(side.row_T, side.column_T - shared)
+    return read.last_hidden_state[0, places_T]
+
+
+def ragged_attention(
+    module: Any,
+    query_1HTd: Tensor,
+    key_1hTd: Tensor,
+    value_1hTd: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    layout: Layout,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of rows that stand one after the other; `H` query heads share `h` key heads.
+
+    Registered with transformers as `opcd_ragged`; returns `[1, T, H, d]`.
+    """
+    sides = (side[0].transpose(0, 1) for side in (query_1HTd * scaling, key_1hTd, value_1hTd))
+    query_THd, key_Thd, value_Thd = sides
+    out_THd = attend(query_THd, key_Thd, value_Thd, layout)[0]
+    return out_THd.unsqueeze(0).to(value_1hTd.dtype), None
 
 
 def shared_opening(side: Side) -> int:
@@ -236,3 +286,6 @@ def _lora_inputs_uncast(model: Any) -> Iterator[None]:
     autocast = torch.is_autocast_enabled(next(model.parameters()).device.type)
     with disable_input_dtype_casting(model, active=autocast):
         yield
+
+
+AttentionInterface.register("opcd_ragged", ragged_attention)

@@ -17,7 +17,9 @@ from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 
 from opcd.adapters import causal_model
-from opcd.models import attention, compute_dtype
+from opcd.batching import Side
+from opcd.models import attention, can_be_ragged, compute_dtype
+from opcd.ragged import Layout, attend
 
 SCORES_AT_ONCE = 2**24
 """Attention scores over the prefix that exist at one time."""
@@ -148,6 +150,34 @@ def forward_after_prefix(
         ).last_hidden_state
 
 
+def states_after_prefix(model: Any, prefixes: Sequence[SharedPrefix], side: Side) -> Tensor:
+    """The hidden states that predict the response tokens, `hidden_TD`, of rows behind prefixes.
+
+    Args:
+        model: the model that read the prefixes, with the same weights.
+        prefixes: each row's; neighbours with the same one attend to it together.
+        side: each row's own tokens.
+    """
+    if not can_be_ragged(model, side.ids_BS):
+        return side.take(forward_after_prefix(model, prefixes, side.ids_BS))
+    rows = side.rows()
+    layout = Layout(tuple(map(len, rows)), 0, side.ids_BS.device)
+    bounds = *layout.starts, layout.used
+    tokens = [
+        (slice(bounds[block.start], bounds[block.stop]), prefix)
+        for block, prefix in _blocks(prefixes)
+    ]
+    decoder = causal_model(model).get_decoder()
+    with attention(model, "opcd_ragged_cascade"):
+        read = decoder(
+            input_ids=layout.join(rows),
+            position_ids=layout.positions([prefix.tokens for prefix in prefixes]),
+            use_cache=False,
+            behind=(layout, tokens),
+        )
+    return read.last_hidden_state[0, layout.places(side.row_T, side.column_T)]
+
+
 def _blocks(prefixes: Sequence[SharedPrefix]) -> list[tuple[slice, SharedPrefix]]:
     """Neighbouring rows with the same prefix."""
     found: list[tuple[slice, SharedPrefix]] = []
@@ -192,6 +222,37 @@ def cascade_attention(
         merged.append(torch.lerp(own_BhGd[rows], out_BhGd, weight_BhG1))
     merged_BhGd = merged[0] if len(merged) == 1 else torch.cat(merged)
     return merged_BhGd.reshape(batch, heads, length, width).transpose(1, 2), None
+
+
+def ragged_cascade(
+    module: Any,
+    query_1HTd: Tensor,
+    key_1hTd: Tensor,
+    value_1hTd: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    behind: tuple[Layout, Sequence[tuple[slice, SharedPrefix]]],
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The same for rows that stand one after the other, whose tokens share prefixes.
+
+    Registered as `opcd_ragged_cascade`; returns `[1, T, H, d]`.
+    """
+    layout, shared_prefixes = behind
+    sides = (side[0].transpose(0, 1) for side in (query_1HTd * scaling, key_1hTd, value_1hTd))
+    query_THd, key_Thd, value_Thd = sides
+    out_THd, lse_TH = attend(query_THd, key_Thd, value_Thd, layout)
+    for tokens, prefix in shared_prefixes:
+        keys, values = (side[module.layer_idx] for side in (prefix.keys, prefix.values))
+        query_nhGd = query_THd[tokens].to(keys.dtype).unflatten(1, (len(keys), -1))
+        folded_hNd = query_nhGd.permute(1, 2, 0, 3).flatten(1, 2)
+        found_hNd, lse_hN = _attend_prefix(folded_hNd, keys, values)
+        split = (-1, tokens.stop - tokens.start)
+        found_nHd = found_hNd.unflatten(1, split).flatten(0, 1).transpose(0, 1)
+        found_lse_nH = lse_hN.unflatten(1, split).flatten(0, 1).transpose(0, 1)
+        weight_nH1 = torch.sigmoid(found_lse_nH - lse_TH[tokens]).unsqueeze(-1)
+        out_THd[tokens] = torch.lerp(out_THd[tokens], found_nHd.to(out_THd.dtype), weight_nH1)
+    return out_THd.unsqueeze(0).to(value_1hTd.dtype), None
 
 
 def _attend_prefix(query_hNd: Tensor, key_hPd: Tensor, value_hPd: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,3 +319,4 @@ def _own_mask(mask_BS: Tensor, queries: int) -> Tensor:
 
 
 AttentionInterface.register("opcd_cascade", cascade_attention)
+AttentionInterface.register("opcd_ragged_cascade", ragged_cascade)

@@ -28,7 +28,7 @@ from opcd.config import training
 from opcd.divergence import divergence
 from opcd.models import compute_dtype, hidden_states, output_head, why_no_prefix
 from opcd.openings import Ids, Openings, find_openings, in_passes
-from opcd.prefix_cache import SharedPrefix, forward_after_prefix, read_prefix
+from opcd.prefix_cache import SharedPrefix, read_prefix, states_after_prefix
 from opcd.prefix_store import PREFIX_BYTES, PrefixStore
 from opcd.sharding import collected, give, own_part
 
@@ -216,7 +216,7 @@ class LocalTeacher:
             return hidden_states(self.model, side)
         own, place_T = side.part(list(range(len(prompts))), [len(ids) for ids in openings])
         prefixes = [self.prefixes.get(ids) for ids in openings]
-        hidden_TD = own.take(forward_after_prefix(self.model, prefixes, own.ids_BS))
+        hidden_TD = states_after_prefix(self.model, prefixes, own)
         return hidden_TD[place_T.argsort()]
 
     def after_step(self, step: int) -> None:
@@ -252,7 +252,7 @@ class LocalTeacher:
             for ids in dict.fromkeys(openings)
         }
         prefixes = [read[ids] for ids in openings]
-        return own.take(forward_after_prefix(self.model, prefixes, own.ids_BS))
+        return states_after_prefix(self.model, prefixes, own)
 
     def _read(self, ids: Ids) -> SharedPrefix:
         with self._ready(), torch.no_grad():
@@ -260,14 +260,12 @@ class LocalTeacher:
 
     def _prefix_error(self, prefix: SharedPrefix, probe: Sequence[int]) -> float:
         device = next(self.model.parameters()).device
-        whole = Side(
-            torch.tensor([[*prefix.ids, *probe]], device=device),
-            torch.zeros(len(probe), dtype=torch.long, device=device),
-            torch.arange(len(probe), device=device) + prefix.tokens,
-        )
-        own_1S = torch.tensor([list(probe)], device=device)
-        cached_TD = forward_after_prefix(self.model, [prefix], own_1S)[0]
-        sides = (hidden_states(self.model, whole), cached_TD)
+        row_T = torch.zeros(len(probe), dtype=torch.long, device=device)
+        column_T = torch.arange(len(probe), device=device)
+        ids_1S = torch.tensor([[*prefix.ids, *probe]], device=device)
+        whole = Side(ids_1S, row_T, column_T + prefix.tokens)
+        own = Side(ids_1S[:, prefix.tokens :], row_T, column_T)
+        sides = hidden_states(self.model, whole), states_after_prefix(self.model, [prefix], own)
         log_probs = [self.head(side_TD).log_softmax(-1) for side_TD in sides]
         return divergence(log_probs[0], log_probs[1], "reverse_kl").max().item()
 
