@@ -26,7 +26,7 @@ from opcd.teachers import LocalTeacher
 from opcd.training import prepare
 from opcd.weights import flushed_denormals
 
-PORTION_ROWS = 3
+PORTION_ROWS = 8
 """Rows in one forward and backward pass, of whose activations the memory is."""
 STEPS = 100_000
 """More than will be asked for, so that the schedule does not end."""
