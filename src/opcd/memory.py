@@ -247,12 +247,16 @@ def checkpoint_bytes(run: Run) -> float:
 def training_bytes(run: Run, shape: Shape, at: Layout) -> float:
     """Of one portion's forward and backward pass, with the slice of logits that is there."""
     tokens = run.batch.rows_per_forward * (at.prompt_tokens + run.rollout.max_new_tokens)
-    wide = shape.heads * shape.head_width + 2 * shape.key_heads * shape.head_width
-    # Of a layer: its inputs and norms in float32, and what each linear map was given, in the run's
-    # dtype; the products of the gate, too.
-    of_layer = 16 * shape.hidden + at.element * (
-        3 * shape.hidden + 3 * wide + 4 * shape.intermediate
-    )
+    queries = shape.heads * shape.head_width
+    wide = queries + 2 * shape.key_heads * shape.head_width
+    if run.model.tuning.type == "lora":
+        # Of a layer, in the run's dtype: what its norms and products were given, and what attends.
+        given = 4 * shape.hidden + queries + 2 * shape.intermediate
+        of_layer = at.element * (given + wide)
+    else:
+        # transformers' own norms keep theirs in float32; the products of the gate count, too.
+        given = 3 * shape.hidden + 3 * wide + 4 * shape.intermediate
+        of_layer = 16 * shape.hidden + at.element * given
     if not run.model.gradient_checkpointing:
         activations = shape.layers * of_layer
     else:
