@@ -133,7 +133,7 @@ def test_short_rows_are_read_one_after_the_other(
     side = OPENED if opened else side_of([tuple(range(30 + n, 37 + 4 * n)) for n in range(4)])
     assert bool(shared_opening(side)) == opened
     found = read_and_differentiate(tuned(tuning), side)
-    used = sum(map(len, side.rows())) - (4 * 16 if opened else 0)
+    used = len({ids[: end + 1] for ids in side.rows() for end in range(len(ids))})
     assert found[2] == (used // 32 + 1) * 32 < side.ids_BS.numel()
     monkeypatch.setattr(models, "PLAIN_ATTENTION_TOKENS", 0)
     assert_same_pass(found, read_and_differentiate(tuned(tuning), side))

@@ -1,20 +1,24 @@
 """`opcd.ragged`: rows in one sequence attend as rows of their own would."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from opcd.ragged import Layout, attend
+from opcd.ragged import Layout, attend, common_opening, find_distinct, lay_out
 
 HEADS, KEY_HEADS, WIDTH = 6, 2, 4
-LENGTHS = (5, 1, 9, 3)
-
-
-def layout_of(lengths: tuple[int, ...] = LENGTHS, opening: int = 0) -> Layout:
-    """Rows of these lengths behind an opening."""
-    return Layout(lengths, opening, torch.device("cpu"))
+CPU = torch.device("cpu")
+ROWS = {
+    "nothing shared": [(1, 2, 3, 4, 5), (6,), (7, 2, 3, 4, 5, 6, 7, 8, 9), (8, 2, 3)],
+    "an opening": [(1, 2, 3, 4), (1, 2, 5), (1, 2, 6, 4, 7, 8)],
+    "a longer opening than what follows": [(1, 2, 3, 4, 5, 6), (1, 2, 3, 4, 5, 7)],
+    "turns of a game, and another": [(1, 2), (1, 2, 3, 4), (1, 2, 3, 4, 5, 6, 7), (1, 9, 3, 4)],
+    "the longest first, one twice": [(1, 2, 3, 4, 5), (1, 2, 3), (1, 2, 3, 4, 5), (1, 2, 6)],
+    "one row": [(4, 4, 4)],
+}
 
 
 def sides_of(layout: Layout, dtype: torch.dtype = torch.float64) -> Any:
@@ -35,56 +39,50 @@ def attended(sides: Any, layout: Layout) -> tuple[Tensor, Tensor]:
 
 
 def attend_alone(query_Nhd: Tensor, key_Nhd: Tensor, value_Nhd: Tensor) -> tuple[Tensor, Tensor]:
-    """One row by the book: each query with the head of its group, token by token."""
-    outs, lses = torch.zeros_like(query_Nhd), torch.zeros_like(query_Nhd[..., 0])
+    """One row by the book: each query with the keys of its group, token by token."""
+    outs, lses = [], []
     for token in range(len(query_Nhd)):
         for head in range(HEADS):
             own = head // (HEADS // KEY_HEADS)
             scores = key_Nhd[: token + 1, own] @ query_Nhd[token, head]
-            outs[token, head] = scores.softmax(0) @ value_Nhd[: token + 1, own]
-            lses[token, head] = scores.logsumexp(0)
-    return outs, lses
+            outs.append(scores.softmax(0) @ value_Nhd[: token + 1, own])
+            lses.append(scores.logsumexp(0))
+    return torch.stack(outs).view(-1, HEADS, WIDTH), torch.stack(lses).view(-1, HEADS)
 
 
-def attend_by_the_book(sides: Any, layout: Layout) -> Any:
-    """Each row behind its own copy of the opening, what comes of that once, 0 in the fill."""
-    opening: Any = [side[: layout.opening] for side in sides]
-    rows: list[Any] = [attend_alone(*opening)] if layout.opening else []
-    for start, length in zip(layout.starts, layout.lengths, strict=True):
-        own = [side[start : start + length] for side in sides]
-        whole: Any = [torch.cat(pair) for pair in zip(opening, own, strict=True)]
-        found = attend_alone(*whole)
-        rows.append([column[layout.opening :] for column in found])
-    fill = layout.tokens - layout.used
-    return tuple(
-        torch.cat([*column, column[0].new_zeros(fill, *column[0].shape[1:])])
-        for column in zip(*rows, strict=True)
-    )
+def places_of(layout: Layout, row: int, length: int) -> Tensor:
+    """Where a row's tokens stand."""
+    return layout.places(torch.full((length,), row), torch.arange(length))
 
 
-@pytest.mark.parametrize("opening", [0, 4, 11])
-def test_rows_attend_to_the_opening_and_to_themselves(opening: int) -> None:
-    """Value, log-sum-exp and all gradients; rows shorter and longer than the opening."""
-    layout = layout_of(opening=opening)
+@pytest.mark.parametrize("name", list(ROWS))
+def test_each_row_attends_to_itself(name: str) -> None:
+    """Value, log-sum-exp, and the gradients of all rows' losses in one shared sequence."""
+    rows = ROWS[name]
+    layout = lay_out(rows, CPU)
     ours, wanted = sides_of(layout), sides_of(layout)
     out_THd, lse_TH = attended(ours, layout)
-    wanted_THd, wanted_TH = attend_by_the_book(wanted, layout)
-    torch.testing.assert_close(out_THd, wanted_THd)
-    torch.testing.assert_close(lse_TH, wanted_TH)
-    weight_THd = torch.linspace(-1.0, 2.0, out_THd.numel(), dtype=out_THd.dtype).view_as(out_THd)
-    # The loss sees nothing of the fill, whatever stands there.
-    weight_THd[layout.used :] = 0.0
-    (out_THd * weight_THd).sum().backward()
-    (wanted_THd * weight_THd).sum().backward()
+    losses: list[Tensor] = []
+    for row, ids in enumerate(rows):
+        place_N = places_of(layout, row, len(ids))
+        query_Nhd, key_Nhd, value_Nhd = (side[place_N] for side in wanted)
+        found_NHd, found_NH = attend_alone(query_Nhd, key_Nhd, value_Nhd)
+        torch.testing.assert_close(out_THd[place_N], found_NHd)
+        torch.testing.assert_close(lse_TH[place_N], found_NH)
+        weight_NHd = torch.randn(found_NHd.shape, dtype=torch.float64)
+        losses += [(out_THd[place_N] * weight_NHd).sum(), (found_NHd * weight_NHd).sum()]
+    sum(losses[::2]).backward()  # pyright: ignore[reportAttributeAccessIssue]
+    sum(losses[1::2]).backward()  # pyright: ignore[reportAttributeAccessIssue]
+    used = len(layout.side_N)
+    assert not out_THd[used:].any()
     for our, side in zip(ours, wanted, strict=True):
         torch.testing.assert_close(our.grad, side.grad)
-        assert our.grad is not None
-        assert not our.grad[layout.used :].any() and our.grad[: layout.used].any()
+        assert our.grad[:used].any() and not our.grad[used:].any()
 
 
 def test_bfloat16_is_attended_in_float32() -> None:
     """Rounded once at the end, under autocast too, and never between scores and softmax."""
-    layout = layout_of(opening=3)
+    layout = lay_out(ROWS["an opening"], CPU)
     narrow = sides_of(layout, dtype=torch.bfloat16)
     wide: Any = [side.detach().float().requires_grad_() for side in narrow]
     wanted_THd, _ = attended(wide, layout)
@@ -93,27 +91,63 @@ def test_bfloat16_is_attended_in_float32() -> None:
     assert found_THd.dtype == torch.float32
     torch.testing.assert_close(found_THd, wanted_THd)
     for out_THd in (found_THd, wanted_THd):
-        out_THd[: layout.used].square().sum().backward()
+        out_THd[: len(layout.side_N)].square().sum().backward()
     for ours, side in zip(narrow, wide, strict=True):
-        assert ours.grad is not None and side.grad is not None
         torch.testing.assert_close(ours.grad, side.grad.bfloat16())
 
 
-def test_a_layout_joins_rows_and_finds_their_tokens_again() -> None:
-    layout = layout_of((2, 3), opening=2)
-    ids_1T = layout.join([(7, 8, 1, 2), (7, 8, 3, 4, 5)])
-    assert ids_1T.shape == (1, 32) and ids_1T[0, :7].tolist() == [7, 8, 1, 2, 3, 4, 5]
-    places = layout.places(torch.tensor([0, 1, 1]), torch.tensor([1, 0, 2]))
-    assert ids_1T[0, places].tolist() == [2, 3, 5]
-    assert layout.positions()[0, :7].tolist() == [0, 1, 2, 3, 2, 3, 4]
+@pytest.mark.parametrize("name", list(ROWS))
+def test_a_layout_holds_each_distinct_token_once(name: str) -> None:
+    """Its ids and positions are those of the rows, wherever a token stands first."""
+    rows = ROWS[name]
+    layout = lay_out(rows, CPU)
+    assert len(layout.side_N) == len({row[: end + 1] for row in rows for end in range(len(row))})
+    before = list(range(10, 10 + len(rows)))
+    for row, ids in enumerate(rows):
+        place_N = places_of(layout, row, len(ids))
+        assert tuple(layout.ids_1T[0, place_N].tolist()) == ids
+        assert layout.positions()[0, place_N].tolist() == list(range(len(ids)))
+    if name == "nothing shared":
+        for row, first in enumerate(before):
+            (place,) = places_of(layout, row, 1).tolist()
+            assert layout.positions(before)[0, place] == first
 
 
-def test_positions_count_what_stands_before_each_row() -> None:
-    positions_1T = layout_of((2, 3)).positions([10, 4])
-    assert positions_1T[0, :5].tolist() == [10, 11, 4, 5, 6]
+def test_rows_of_different_groups_share_nothing() -> None:
+    """What stands before them is not the same, so neither are their states."""
+    rows = [(1, 2, 3), (1, 2, 4), (1, 2, 3)]
+    assert len(lay_out(rows, CPU, [0, 0, 1]).side_N) == 4 + 3
+    assert len(lay_out(rows, CPU, [0, 0, 0]).side_N) == 4
+
+
+def test_all_of_one_group_stand_behind_the_same_number_of_tokens() -> None:
+    """The opening's row, too."""
+    layout = lay_out([(1, 2, 3), (1, 4)], CPU, [7, 7])
+    assert layout.opening == 1
+    assert layout.positions([5, 5])[0, : len(layout.side_N)].tolist() == [5, 6, 7, 6]
 
 
 def test_there_is_always_a_fill() -> None:
     """Padding of rows has to stand somewhere that no loss sees."""
-    layout = layout_of((30, 2))
-    assert layout.used == 32 and layout.tokens == 64
+    assert lay_out([tuple(range(32))], CPU).tokens == 64
+    assert lay_out([tuple(range(31))], CPU).tokens == 32
+
+
+@pytest.mark.parametrize(
+    ("rows", "opening"),
+    [
+        ([(1, 2, 3), (1, 2)], (1, 2)),
+        ([(1, 2), (3, 2)], ()),
+        ([(), (1,)], ()),
+    ],
+)
+def test_the_opening_is_what_all_rows_begin_with(
+    rows: Sequence[tuple[int, ...]], opening: tuple[int, ...]
+) -> None:
+    assert common_opening(rows) == opening
+
+
+def test_a_token_is_the_same_only_behind_the_same() -> None:
+    places, firsts = find_distinct([(1, 2, 3), (1, 3, 3), (1, 2, 3, 4)], [0, 0, 0])
+    assert places == [[0, 1, 2], [0, 3, 4], [0, 1, 2, 5]]
+    assert firsts == [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 3)]

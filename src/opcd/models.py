@@ -22,7 +22,7 @@ from opcd.config.training import Loss
 from opcd.divergence import TokenStats
 from opcd.errors import ModelError
 from opcd.products import can_pack, frozen_product, pack
-from opcd.ragged import Layout, attend
+from opcd.ragged import Layout, attend, lay_out
 
 T = TypeVar("T")
 
@@ -113,14 +113,15 @@ def can_be_ragged(model: Any, ids_BS: Tensor) -> bool:
 
 
 def _in_one_sequence(model: Any, side: Side) -> Tensor:
-    rows, shared = side.rows(), shared_opening(side)
-    layout = Layout(tuple(len(row) - shared for row in rows), shared, side.ids_BS.device)
-    decoder = causal_model(model).get_decoder()
-    ids_1T, positions_1T = layout.join(rows), layout.positions()
+    layout = lay_out(side.rows(), side.ids_BS.device)
     with attention(model, "opcd_ragged"):
-        read = decoder(input_ids=ids_1T, position_ids=positions_1T, use_cache=False, layout=layout)
-    places_T = layout.places(side.row_T, side.column_T - shared)
-    return read.last_hidden_state[0, places_T]
+        read = causal_model(model).get_decoder()(
+            input_ids=layout.ids_1T,
+            position_ids=layout.positions(),
+            use_cache=False,
+            layout=layout,
+        )
+    return read.last_hidden_state[0, layout.places(side.row_T, side.column_T)]
 
 
 def ragged_attention(

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, DynamicCache
 from opcd.adapters import causal_model
 from opcd.batching import Side
 from opcd.models import attention, can_be_ragged, compute_dtype
-from opcd.ragged import Layout, attend
+from opcd.ragged import Layout, attend, lay_out
 
 SCORES_AT_ONCE = 2**24
 """Attention scores over the prefix that exist at one time."""
@@ -160,22 +160,24 @@ def states_after_prefix(model: Any, prefixes: Sequence[SharedPrefix], side: Side
     """
     if not can_be_ragged(model, side.ids_BS):
         return side.take(forward_after_prefix(model, prefixes, side.ids_BS))
-    rows = side.rows()
-    layout = Layout(tuple(map(len, rows)), 0, side.ids_BS.device)
-    bounds = *layout.starts, layout.used
-    tokens = [
-        (slice(bounds[block.start], bounds[block.stop]), prefix)
-        for block, prefix in _blocks(prefixes)
-    ]
-    decoder = causal_model(model).get_decoder()
+    layout = lay_out(side.rows(), side.ids_BS.device, [id(prefix) for prefix in prefixes])
     with attention(model, "opcd_ragged_cascade"):
-        read = decoder(
-            input_ids=layout.join(rows),
+        read = causal_model(model).get_decoder()(
+            input_ids=layout.ids_1T,
             position_ids=layout.positions([prefix.tokens for prefix in prefixes]),
             use_cache=False,
-            behind=(layout, tokens),
+            behind=(layout, _tokens_behind(prefixes, layout)),
         )
     return read.last_hidden_state[0, layout.places(side.row_T, side.column_T)]
+
+
+def _tokens_behind(
+    prefixes: Sequence[SharedPrefix], layout: Layout
+) -> list[tuple[slice, SharedPrefix]]:
+    """Which tokens of the sequence stand behind each prefix."""
+    rows = [*prefixes[: layout.opening], *prefixes]
+    firsts = layout.row_T[: len(layout.side_N)].tolist()
+    return _blocks([rows[row] for row in firsts])
 
 
 def _blocks(prefixes: Sequence[SharedPrefix]) -> list[tuple[slice, SharedPrefix]]:

@@ -1,16 +1,19 @@
-"""Rows of different lengths, one after the other in one sequence: products see no padding.
+"""Rows of different lengths in one sequence: no product sees padding, or the same token twice.
 
-    [ opening | row 0 | row 1 | ... | fill ]
+    rows                      sequence
+    a b c d                   a b c d e f g  fill
+    a b e f
+    a b e g
 
-What all rows open with stands at the head, is computed once, and gets its gradient from all of
-them. Only attention puts the rows side by side again. It keeps queries, keys and values alone: the
-scores are computed anew in the backward pass, in float32 at least.
+Tokens that stand behind the same tokens have the same states, so they are computed once, and get
+their gradient from all rows that they stand in: a chat template's opening, a game's earlier turns.
+Only attention puts rows side by side again. It keeps queries, keys and values alone: the scores are
+computed anew in the backward pass, in float32 at least.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -20,89 +23,134 @@ FILL_STEP = 32
 """Sequences differ in length by this much, since a CPU keeps a compiled product for every shape."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Layout:
-    """Where rows stand in the one sequence, and side by side."""
+    """Where rows stand in the one sequence of T tokens, and how they attend side by side."""
 
-    lengths: tuple[int, ...]
-    """Of the rows, without the opening."""
+    ids_1T: Tensor
+    row_T: Tensor
+    """In which row each token stands first."""
+    column_T: Tensor
+    """In which column of it."""
+    query_BS: Tensor
+    """Places of the tokens that are first in each row, which are the last ones of a row, or none.
+    What pads a row stands in the fill."""
+    key_BK: Tensor
+    """Places of all tokens of each row, padded in the same way."""
+    mask_BSK: Tensor
+    """What is added to their scores."""
+    side_N: Tensor
+    """Where the `N` tokens of the sequence that are no fill stand among the `B S` queries."""
     opening: int
-    """Tokens that all rows stand behind."""
-    device: torch.device
-
-    @property
-    def used(self) -> int:
-        """Tokens without the fill."""
-        return self.opening + sum(self.lengths)
+    """1 if there is a row of its own for what all rows open with, before the others."""
 
     @property
     def tokens(self) -> int:
-        """The length of the sequence; some fill is always there."""
-        return (self.used // FILL_STEP + 1) * FILL_STEP
-
-    @cached_property
-    def starts(self) -> tuple[int, ...]:
-        """Where each row begins."""
-        return tuple(accumulate(self.lengths[:-1], initial=self.opening))
-
-    @cached_property
-    def place_BS(self) -> Tensor:
-        """Where tokens stand in the sequence, put side by side.
-
-        The opening is a row of its own, before the others. Padding stands in the fill.
-        """
-        starts, lengths = self.starts, self.lengths
-        if self.opening:
-            starts, lengths = (0, *starts), (self.opening, *lengths)
-        column_S = torch.arange(max(lengths), device=self.device)
-        start_B1, length_B1 = (
-            torch.tensor(side, device=self.device).unsqueeze(-1) for side in (starts, lengths)
-        )
-        return torch.where(column_S < length_B1, start_B1 + column_S, self.used)
-
-    @cached_property
-    def side_N(self) -> Tensor:
-        """Where each token of the sequence, up to the fill, stands among the `B S` places."""
-        return (self.place_BS.flatten() < self.used).nonzero().squeeze(-1)
-
-    @cached_property
-    def mask_BSK(self) -> Tensor:
-        """What is added to the scores of the opening's tokens and of a row's own."""
-        rows, length = self.place_BS.shape
-        column_K = torch.arange(-self.opening, length, device=self.device)
-        later_SK = column_K > torch.arange(length, device=self.device).unsqueeze(-1)
-        blocked_BSK = later_SK.repeat(rows, 1, 1)
-        if self.opening:
-            blocked_BSK[0, :, : self.opening] = True
-        return torch.zeros(blocked_BSK.shape, device=self.device).masked_fill(
-            blocked_BSK, -torch.inf
-        )
+        """The length of the sequence, with the fill."""
+        return self.ids_1T.shape[1]
 
     def places(self, row_N: Tensor, column_N: Tensor) -> Tensor:
-        """Where rows' tokens stand in the sequence, `_N`; columns are those behind the opening."""
-        return torch.tensor(self.starts, device=self.device)[row_N] + column_N
-
-    def join(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Token ids of whole rows as the one sequence, `_1T`."""
-        ids = [*rows[0][: self.opening], *(t for row in rows for t in row[self.opening :])]
-        return torch.tensor([ids + [0] * (self.tokens - self.used)], device=self.device)
+        """Where tokens of the rows stand in the sequence, `_N`."""
+        return self.key_BK[row_N + self.opening, column_N]
 
     def positions(self, before: Sequence[int] = ()) -> Tensor:
         """Position of each token, `_1T`.
 
         Args:
-            before: how many tokens each row has in front of all that stands here.
+            before: how many tokens each row has in front of all that stands here; default: none.
         """
-        found: list[int] = list(range(self.opening))
-        for length, first in zip(self.lengths, before or [0] * len(self.lengths), strict=True):
-            found += range(first + self.opening, first + self.opening + length)
-        return torch.tensor([found + [0] * (self.tokens - self.used)], device=self.device)
+        if not before:
+            return self.column_T.unsqueeze(0)
+        before_B = torch.tensor([*before[: self.opening], *before], device=self.row_T.device)
+        return (self.column_T + before_B[self.row_T]).unsqueeze(0)
+
+
+def lay_out(
+    rows: Sequence[Sequence[int]], device: torch.device, groups: Sequence[int] = ()
+) -> Layout:
+    """Put rows into one sequence.
+
+    Args:
+        rows: token ids of each.
+        device: where the layout's tensors are.
+        groups: rows of different groups stand behind something different; neighbours belong
+            together. Default: all are of one.
+    """
+    groups = groups or [0] * len(rows)
+    opening = common_opening(rows) if len(set(groups)) == 1 and len(rows) > 1 else ()
+    if opening:
+        rows, groups = [opening, *rows], [groups[0], *groups]
+    places, firsts = find_distinct(rows, groups)
+    used = len(firsts)
+    tokens = (used // FILL_STEP + 1) * FILL_STEP
+    row_T, column_T = torch.tensor(firsts + [(0, 0)] * (tokens - used), device=device).unbind(-1)
+    cuts = torch.tensor(places_seen(places), device=device)
+    key_BK = _side_by_side(places, used, device)
+    new = [own[cut:] for own, cut in zip(places, cuts.tolist(), strict=True)]
+    query_BS = _side_by_side(new, used, device)
+    column_K = torch.arange(key_BK.shape[1], device=device)
+    column_BS1 = cuts.view(-1, 1, 1) + torch.arange(query_BS.shape[1], device=device).unsqueeze(-1)
+    mask_BSK = torch.zeros(*query_BS.shape, len(column_K), device=device)
+    mask_BSK.masked_fill_(column_K > column_BS1, -torch.inf)
+    ids = [rows[row][column] for row, column in firsts] + [0] * (tokens - used)
+    return Layout(
+        torch.tensor([ids], device=device),
+        row_T,
+        column_T,
+        query_BS,
+        key_BK,
+        mask_BSK,
+        side_N=(query_BS.flatten() < used).nonzero().squeeze(-1),
+        opening=bool(opening),
+    )
+
+
+def find_distinct(
+    rows: Sequence[Sequence[int]], groups: Sequence[int]
+) -> tuple[list[list[int]], list[tuple[int, int]]]:
+    """Which tokens of rows are the same behind the same, so that they need to be read once.
+
+    Args:
+        rows: token ids.
+        groups: rows of different groups stand behind something different.
+
+    Returns:
+        For each token of each row its place among the distinct ones, and the row and the column
+        where each of those comes first.
+    """
+    known: dict[tuple[int, int, int], int] = {}
+    places: list[list[int]] = []
+    firsts: list[tuple[int, int]] = []
+    for row, (ids, group) in enumerate(zip(rows, groups, strict=True)):
+        place, own = -1, []
+        for column, token in enumerate(ids):
+            place = known.setdefault((group, place, token), len(firsts))
+            if place == len(firsts):
+                firsts.append((row, column))
+            own.append(place)
+        places.append(own)
+    return places, firsts
+
+
+def places_seen(places: Sequence[Sequence[int]]) -> list[int]:
+    """How many tokens at the head of each row stand in a row before it, too."""
+    seen, found = 0, []
+    for own in places:
+        found.append(sum(place < seen for place in own))
+        seen = max([seen, *(place + 1 for place in own)])
+    return found
+
+
+def common_opening(rows: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The tokens at the head of all rows."""
+    columns = takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
+    return tuple(column[0] for column in columns)
 
 
 def attend(
     query_THd: Tensor, key_Thd: Tensor, value_Thd: Tensor, layout: Layout
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention of each row to the opening and to itself.
+    """Causal attention of each token to its row.
 
     Args:
         query_THd: scaled queries of `H` heads.
@@ -125,39 +173,46 @@ class _Attention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(query_THd, key_Thd, value_Thd)
         ctx.layout = layout
-        heads, key_heads = query_THd.shape[1], key_Thd.shape[1]
-        queries, keys = _fold(query_THd, layout, key_heads), _keys(key_Thd, layout)
+        heads = query_THd.shape[1]
+        queries, keys, values = _fold_all(query_THd, key_Thd, value_Thd, layout)
         scores = _scores(queries, keys, layout)
         weights = scores.softmax(-1)
         # The largest weight is exp(top - lse).
         lse = (scores.amax(-1) - weights.amax(-1).log()).unsqueeze(-1)
         lse_TH = _unfold(lse, layout, heads).squeeze(-1)
         ctx.mark_non_differentiable(lse_TH)
-        return _unfold(weights @ _keys(value_Thd, layout), layout, heads), lse_TH
+        return _unfold(weights @ values, layout, heads), lse_TH
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         query_THd, key_Thd, value_Thd = ctx.saved_tensors
         layout, heads, key_heads = ctx.layout, query_THd.shape[1], key_Thd.shape[1]
-        queries, keys = _fold(query_THd, layout, key_heads), _keys(key_Thd, layout)
+        queries, keys, values = _fold_all(query_THd, key_Thd, value_Thd, layout)
         weights = _scores(queries, keys, layout).softmax(-1)
         # 0 in the fill, hence where rows are padded.
-        grad_out = _fold(gradients[0], layout, key_heads)
+        grad_out = _fold(gradients[0], layout.query_BS, key_heads)
         grad_values = weights.transpose(1, 2) @ grad_out
-        grad_weights = grad_out @ _keys(value_Thd, layout).transpose(1, 2)
+        grad_weights = grad_out @ values.transpose(1, 2)
         grad_scores = torch.ops.aten._softmax_backward_data(
             grad_weights, weights, -1, weights.dtype
         )
-        grad_query_THd = _unfold(grad_scores @ keys, layout, heads)
-        grad_key_Thd = _unfold_keys(grad_scores.transpose(1, 2) @ queries, layout, key_heads)
-        grad_value_Thd = _unfold_keys(grad_values, layout, key_heads)
-        found = (grad_query_THd, grad_key_Thd, grad_value_Thd)
+        grad_keys = grad_scores.transpose(1, 2) @ queries
+        found = (
+            _unfold(grad_scores @ keys, layout, heads),
+            _add_up(grad_keys, layout, key_heads),
+            _add_up(grad_values, layout, key_heads),
+        )
         sides = zip(found, (query_THd, key_Thd, value_Thd), strict=True)
         return *(grad.to(side.dtype) for grad, side in sides), None
 
 
+def _side_by_side(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], device=device)
+
+
 def _scores(queries: Tensor, keys: Tensor, layout: Layout) -> Tensor:
-    """`[B h, G S, P + S]`: behind an opening of P tokens, blind to what comes later."""
+    """`[B h, G S, K]`: blind to what comes later."""
     mask_BSK = layout.mask_BSK.to(queries.dtype)
     rows, length, width = mask_BSK.shape
     shape = rows, len(queries) // rows, queries.shape[1] // length, length, width
@@ -165,10 +220,16 @@ def _scores(queries: Tensor, keys: Tensor, layout: Layout) -> Tensor:
     return torch.baddbmm(mask, queries, keys.transpose(1, 2))
 
 
-def _fold(side_THd: Tensor, layout: Layout, key_heads: int) -> Tensor:
+def _fold_all(query_THd: Tensor, key_Thd: Tensor, value_Thd: Tensor, layout: Layout) -> Any:
+    key_heads = key_Thd.shape[1]
+    keys, values = (_fold(side, layout.key_BK, key_heads) for side in (key_Thd, value_Thd))
+    return _fold(query_THd, layout.query_BS, key_heads), keys, values
+
+
+def _fold(side_THd: Tensor, place_BS: Tensor, key_heads: int) -> Tensor:
     """`[B h, G S, d]`: rows side by side, the queries of one key below each other."""
-    (rows, length), width = layout.place_BS.shape, side_THd.shape[-1]
-    wide = side_THd.index_select(0, layout.place_BS.flatten())
+    (rows, length), width = place_BS.shape, side_THd.shape[-1]
+    wide = side_THd.index_select(0, place_BS.flatten())
     split = wide.view(rows, length, key_heads, -1, width).permute(0, 2, 3, 1, 4)
     dtype = torch.promote_types(wide.dtype, torch.float32)
     folded = torch.empty(split.shape, dtype=dtype, device=wide.device).copy_(split)
@@ -176,28 +237,19 @@ def _fold(side_THd: Tensor, layout: Layout, key_heads: int) -> Tensor:
 
 
 def _unfold(folded: Tensor, layout: Layout, heads: int) -> Tensor:
-    """`[T, H, d]`, 0 in the fill."""
-    rows, length = layout.place_BS.shape
+    """`[T, H, d]` of queries, 0 in the fill."""
+    rows, length = layout.query_BS.shape
     side_NHd = folded.view(rows, heads, length, -1).transpose(1, 2).flatten(0, 1)
     found_THd = side_NHd.new_empty(layout.tokens, heads, side_NHd.shape[-1])
-    found_THd[layout.used :] = 0.0
-    torch.index_select(side_NHd, 0, layout.side_N, out=found_THd[: layout.used])
+    used = len(layout.side_N)
+    found_THd[used:] = 0.0
+    torch.index_select(side_NHd, 0, layout.side_N, out=found_THd[:used])
     return found_THd
 
 
-def _keys(side_Thd: Tensor, layout: Layout) -> Tensor:
-    """`[B h, P + S, d]`: what each row attends to."""
-    own = _fold(side_Thd, layout, side_Thd.shape[1])
-    if not layout.opening:
-        return own
-    shared_hPd = side_Thd[: layout.opening].transpose(0, 1).to(own.dtype)
-    return torch.cat([shared_hPd.repeat(len(layout.place_BS), 1, 1), own], dim=1)
-
-
-def _unfold_keys(grad: Tensor, layout: Layout, key_heads: int) -> Tensor:
-    """What all rows tell of the opening's keys or values, and each of its own: `[T, h, d]`."""
-    opening = layout.opening
-    grad_Thd = _unfold(grad[:, opening:].contiguous(), layout, key_heads)
-    of_rows = grad[:, :opening].unflatten(0, (-1, key_heads))
-    grad_Thd[:opening] += of_rows.sum(0).transpose(0, 1)
-    return grad_Thd
+def _add_up(folded: Tensor, layout: Layout, key_heads: int) -> Tensor:
+    """`[T, h, d]` of keys or values: the sum over all rows that a token stands in."""
+    rows, length = layout.key_BK.shape
+    side_NHd = folded.view(rows, key_heads, length, -1).transpose(1, 2).flatten(0, 1)
+    found_Thd = side_NHd.new_zeros(layout.tokens, key_heads, side_NHd.shape[-1])
+    return found_Thd.index_add_(0, layout.key_BK.flatten(), side_NHd)
