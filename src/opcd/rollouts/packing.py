@@ -58,14 +58,23 @@ class _Stack:
         if not self._missing:
             self._packed, self._coming_OI = pack(self._coming_OI, USUAL_ROWS), None
 
+    def holds(self, layers: Sequence[Any]) -> bool:
+        """Whether these layers are its own, all of them, in their order."""
+        own = [layer._place for layer in layers if getattr(layer, "_stack", None) is self]
+        return own == list(range(len(self._widths))) and len(own) == len(layers)
+
+    def multiply_all(self, x: Tensor) -> Tensor:
+        """`x W' + b` of all layers side by side."""
+        assert self._packed is not None, "a packed layer is given its weight before it answers"
+        return packed_product(x, self._packed, self._bias_O)
+
     def multiply(self, place: int, x: Tensor) -> Tensor:
         """`x W' + b` of one layer. Those of its neighbours are kept until they are asked for."""
-        assert self._packed is not None, "a packed layer is given its weight before it answers"
         if len(self._widths) == 1:
-            return packed_product(x, self._packed, self._bias_O)
+            return self.multiply_all(x)
         known = self._product
         if known is None or known[0] is not x or known[1] != x._version:
-            products = packed_product(x, self._packed, self._bias_O).split(self._widths, -1)
+            products = self.multiply_all(x).split(self._widths, dim=-1)
             known, self._asked = (x, x._version, products), 0
         self._asked += 1
         self._product = known if self._asked < len(self._widths) else None
@@ -91,6 +100,14 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x W' + b`."""
         return self._stack.multiply(self._place, x)
+
+
+def multiply(layers: Sequence[Any], x: Tensor) -> Tensor:
+    """What layers make of one input, side by side; of whatever kind they are."""
+    stack = getattr(layers[0], "_stack", None)
+    if stack and stack.holds(layers):
+        return stack.multiply_all(x)
+    return torch.cat([layer(x) for layer in layers], dim=-1)
 
 
 def pack_linears(model: Any, kept: set[int]) -> dict[str, PackedLinear]:
