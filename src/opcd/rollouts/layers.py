@@ -37,14 +37,71 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """What tokens see, `_THd`, from a layer's index, queries `_THd`, keys and values `_Thd`."""
 
 
+class Norm:
+    """An RMS norm in four steps, rounded where the model's own is, which takes eight."""
+
+    def __init__(self, norm: Any) -> None:
+        """Note whose weight it has."""
+        self._norm = norm
+        self._epsilon = torch.tensor(norm.variance_epsilon, device=norm.weight.device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x / rms(x) w` over the last dimension."""
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.addcmul(self._epsilon, length, length, value=1 / x.shape[-1]).rsqrt_()
+        return torch.mul(x, scale, out=torch.empty_like(x)).mul_(self._norm.weight)
+
+
+class Layer:
+    """One layer: attention, then a gated block."""
+
+    def __init__(self, layer: Any) -> None:
+        """Take it apart; its weights stay where they are."""
+        self.module = layer.self_attn
+        block = layer.mlp
+        self._projections = [self.module.q_proj, self.module.k_proj, self.module.v_proj]
+        self._gated = [block.gate_proj, block.up_proj]
+        self._open, self._down, self._out = block.act_fn, block.down_proj, self.module.o_proj
+        self._first, self._second = (
+            Norm(layer.input_layernorm),
+            Norm(layer.post_attention_layernorm),
+        )
+        names = ("q_norm", "k_norm")
+        self._head_norms = [Norm(getattr(self.module, n)) for n in names if hasattr(self.module, n)]
+        self._width, self._groups = self.module.head_dim, self.module.num_key_value_groups
+
+    def project(self, x_TD: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `_THd`, keys and values `_Thd` of tokens, the first two turned."""
+        joint_TE = multiply(self._projections, self._first(x_TD))
+        joint_TJd = joint_TE.view(len(x_TD), -1, self._width)
+        heads = joint_TJd.shape[1] // (self._groups + 2)
+        both_TNd, v_Thd = joint_TJd[:, :-heads], joint_TJd[:, -heads:]
+        if self._head_norms:
+            of_q, of_k = self._head_norms
+            both_TNd = torch.cat([of_q(both_TNd[:, :-heads]), of_k(both_TNd[:, -heads:])], dim=1)
+        both_TNd = _turn(both_TNd, *angles)
+        return both_TNd[:, :-heads], both_TNd[:, -heads:], v_Thd
+
+    def finish(self, x_TD: Tensor, seen_THd: Tensor) -> Tensor:
+        """The layer's hidden states, from those before it and what its attention found."""
+        x_TD = self._out(seen_THd.flatten(1)).add_(x_TD)
+        gate_TF, up_TF = multiply(self._gated, self._second(x_TD)).chunk(2, dim=-1)
+        return self._down(self._open(gate_TF) * up_TF).add_(x_TD)
+
+
 class Layers:
     """The layers of a model, whatever weights they have at the time."""
 
     def __init__(self, model: Any) -> None:
         """Note where they are; `find_layers` says whether they can be called so."""
-        self._decoder = causal_model(model).get_decoder()
-        self.attentions = [layer.self_attn for layer in self._decoder.layers]
+        decoder = causal_model(model).get_decoder()
+        self.all = [Layer(layer) for layer in decoder.layers]
         self.device: torch.device = next(model.parameters()).device
+        self._embed, self._rotate, self._norm = (
+            decoder.embed_tokens,
+            decoder.rotary_emb,
+            decoder.norm,
+        )
 
     def read(
         self, ids_T: Tensor, positions_T: Tensor, attend: Attend, wanted_B: Tensor | None = None
@@ -57,32 +114,15 @@ class Layers:
             attend: knows which tokens each of them sees.
             wanted_B: places among all T; default: all.
         """
-        x_TD = self._decoder.embed_tokens(ids_T)
-        cos_1Td, sin_1Td = self._decoder.rotary_emb(x_TD[None], positions_T[None])
+        x_TD = self._embed(ids_T)
+        cos_1Td, sin_1Td = self._rotate(x_TD[None], positions_T[None])
         angles = cos_1Td[0].unsqueeze(1), _half_negative(sin_1Td[0]).unsqueeze(1)
-        for index, layer in enumerate(self._decoder.layers):
-            seen_TE = self._attend(index, layer, x_TD, angles, attend)
-            if wanted_B is not None and index + 1 == len(self.attentions):
-                x_TD, seen_TE = x_TD[wanted_B], seen_TE[wanted_B]
-            x_TD = layer.self_attn.o_proj(seen_TE).add_(x_TD)
-            block, inner_TD = layer.mlp, _normed(layer.post_attention_layernorm, x_TD)
-            gate_TF, up_TF = multiply([block.gate_proj, block.up_proj], inner_TD).chunk(2, dim=-1)
-            x_TD = block.down_proj(block.act_fn(gate_TF) * up_TF).add_(x_TD)
-        return _normed(self._decoder.norm, x_TD)
-
-    def _attend(
-        self, index: int, layer: Any, x_TD: Tensor, angles: tuple[Tensor, Tensor], attend: Attend
-    ) -> Tensor:
-        inner_TD, module = _normed(layer.input_layernorm, x_TD), layer.self_attn
-        joint_TF = multiply([module.q_proj, module.k_proj, module.v_proj], inner_TD)
-        joint_TJd = joint_TF.view(len(x_TD), -1, module.head_dim)
-        count = joint_TJd.shape[1] // (module.num_key_value_groups + 2)
-        turning_TJd, v_Thd = joint_TJd[:, :-count], joint_TJd[:, -count:]
-        if hasattr(module, "q_norm"):
-            q_THd = _normed(module.q_norm, turning_TJd[:, :-count])
-            turning_TJd = torch.cat([q_THd, _normed(module.k_norm, turning_TJd[:, -count:])], dim=1)
-        turned_TJd = _turn(turning_TJd, *angles)
-        return attend(index, turned_TJd[:, :-count], turned_TJd[:, -count:], v_Thd).flatten(1)
+        for index, layer in enumerate(self.all):
+            seen_THd = attend(index, *layer.project(x_TD, angles))
+            if wanted_B is not None and index + 1 == len(self.all):
+                x_TD, seen_THd = x_TD[wanted_B], seen_THd[wanted_B]
+            x_TD = layer.finish(x_TD, seen_THd)
+        return self._norm(x_TD)
 
 
 class LayerRows:
@@ -168,7 +208,7 @@ class LayerRows:
         self, index: int, q_BHSd: Tensor, k_BhSd: Tensor, v_BhSd: Tensor, mask: Tensor | None
     ) -> Tensor:
         """Attention, `_BSHd`: causal, or of one token to all that the mask leaves."""
-        module = self._layers.attentions[index]
+        module = self._layers.all[index].module
         if self._prefixes:
             blocks = find_blocks(self._prefixes)
             own = q_BHSd, k_BhSd, v_BhSd, mask
@@ -272,12 +312,6 @@ def _agrees(layers: Layers, plain: Any, difference: float) -> bool:
     return bool(far < difference)
 
 
-def _normed(norm: Any, x: Tensor) -> Tensor:
-    """As the model's own RMS norm, which takes seven steps, and rounded where it is."""
-    kept = functional.rms_norm(x.float(), x.shape[-1:], None, norm.variance_epsilon)
-    return kept.to(x.dtype).mul_(norm.weight)
-
-
 def _turn(x_THd: Tensor, cos_T1d: Tensor, sin_T1d: Tensor) -> Tensor:
     """Rotary positions; the sine's first half is negative, as that of `rotate_half` would be."""
     turned_THd = x_THd.roll(x_THd.shape[-1] // 2, -1)
@@ -299,7 +333,7 @@ def _with_room(side_BhSd: Tensor) -> Tensor:
 
 
 def hide_padding(lengths: Sequence[int], width: int, device: torch.device) -> Tensor:
-    """What is added to the scores of rows of these lengths, `_BS`: nothing, but at their padding."""
+    """What is added to the scores of rows of these lengths, `_BS`: nothing, but at padding."""
     length_B1 = torch.tensor(lengths, device=device).unsqueeze(-1)
     hidden_BS = torch.arange(width, device=device) >= length_B1
     lowest = torch.finfo(torch.float32).min

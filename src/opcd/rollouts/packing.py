@@ -27,7 +27,7 @@ class _Stack:
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self._widths = [layer.out_features for layer in layers]
         self._inputs, self._dtype = layers[0].in_features, layers[0].weight.dtype
-        biases = [layer.bias for layer in layers if layer.bias is not None]
+        biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
         assert len(biases) in (0, len(layers)), "either all of them have a bias, or none has"
         self._bias_O = torch.cat(biases).detach() if biases else None
         self._packed: Tensor | None = None
