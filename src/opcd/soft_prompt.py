@@ -26,7 +26,7 @@ from opcd.prefix_cache import SharedPrefix, keep_prefix
 from opcd.remote import RemoteTeacher
 from opcd.responses import Response, grade
 from opcd.rollouts.engine import Sampling
-from opcd.rollouts.hf import CachedRows, decode
+from opcd.rollouts.hf import decode
 from opcd.tasks import draw
 from opcd.types import Answered
 
@@ -149,9 +149,9 @@ def respond_behind(
     for start in range(0, len(items), rows):
         part = items[start : start + rows]
         prompts = [prompt_of(parts.config, item.pair, with_context=False) for item in part]
-        model = causal_model(tuned)
-        reader = CachedRows(model, [prefix] * len(prompts))
-        rollouts = decode(model, prompts, Sampling(), end_ids, reader)
+        rollouts = decode(
+            causal_model(tuned), prompts, Sampling(), end_ids, [prefix] * len(prompts)
+        )
         for item, rollout in zip(part, rollouts, strict=True):
             found.append(grade(parts, item, Answered(item.pair, rollout)))
     return found

@@ -78,7 +78,7 @@ class HFEngine:
         self._copy: Any = None
         self._packed: dict[str, PackedLinear] = {}
         self._layers: dict[int, Layers | None] = {}
-        """Of a model that has answered, by its id: its layers, if they are called without more."""
+        """By the id of a model that has answered: its layers, if they can be called one by one."""
         self._copied: tuple[Policy, int, int] | None = None
         """Whose weights the copy has: the version, and how often they were written to. Training
         gives each step a version, but weights may also be loaded in between."""
@@ -154,18 +154,17 @@ class HFEngine:
                 for index, cut in zip(part, cuts, strict=True)
             ]
             with self._answering():
-                reader = self._reader(prefixes)
-                answers = decode(self._model, rows, sampling, self._end_ids, reader)
+                told = self._model, rows, sampling, self._end_ids, prefixes
+                answers = decode(*told, self._find_layers())
             rollouts |= zip(part, answers, strict=True)
         return [rollouts[index] for index in range(len(prompts))]
 
-    def _reader(self, prefixes: Sequence[SharedPrefix]) -> "LayerRows | CachedRows":
-        """What reads the tokens of one batch."""
+    def _find_layers(self) -> Layers | None:
+        """Those of what answers now; looked at once, since only their weights move."""
         model = self._model
         if id(model) not in self._layers:
             self._layers[id(model)] = find_layers(model)
-        layers = self._layers[id(model)]
-        return LayerRows(layers, prefixes) if layers else CachedRows(model, prefixes)
+        return self._layers[id(model)]
 
     def _batches(self, prompts: Sequence[Prompt]) -> Iterator[tuple[list[int], list[SharedPrefix]]]:
         """Which prompts are answered together, and what of each was read apart, if anything."""
@@ -255,7 +254,8 @@ def decode(
     prompts: Sequence[Prompt],
     sampling: Sampling,
     end_ids: frozenset[int],
-    reader: CachedRows | LayerRows,
+    prefixes: Sequence[SharedPrefix] = (),
+    layers: Layers | None = None,
 ) -> list[Rollout]:
     """Answer one batch; rows that have ended leave it.
 
@@ -264,9 +264,11 @@ def decode(
         prompts: what each row has after its prefix.
         sampling: how tokens are drawn.
         end_ids: tokens that end a response.
-        reader: reads the model's hidden states; knows what each row has in front of it.
+        prefixes: what each row has in front of it, if that was read before.
+        layers: the model's own, if they can be called one by one.
     """
     head = output_head(model)
+    reader = LayerRows(layers, prefixes) if layers else CachedRows(model, prefixes)
     most = max(prompt.max_new_tokens for prompt in prompts)
     uniforms_BT = torch.stack([sampling.uniforms(prompt, most) for prompt in prompts])
     responses: list[list[int]] = [[] for _ in prompts]

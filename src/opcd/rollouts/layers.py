@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import DynamicCache
 
 from opcd.adapters import causal_model
 from opcd.batching import padded_width
@@ -23,7 +22,7 @@ from opcd.rollouts.packing import multiply
 
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
-HEAD_NORMS = {"q_norm", "k_norm"}
+HEAD_NORMS = ("q_norm", "k_norm")
 """What an attention module may have beside its projections."""
 BLOCK = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 ROOM_TOKENS = 32
@@ -66,8 +65,8 @@ class Layer:
             Norm(layer.input_layernorm),
             Norm(layer.post_attention_layernorm),
         )
-        names = ("q_norm", "k_norm")
-        self._head_norms = [Norm(getattr(self.module, n)) for n in names if hasattr(self.module, n)]
+        norms = [getattr(self.module, name, None) for name in HEAD_NORMS]
+        self._head_norms = [Norm(norm) for norm in norms if norm]
         self._width, self._groups = self.module.head_dim, self.module.num_key_value_groups
 
     def project(self, x_TD: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -275,7 +274,8 @@ def find_layers(model: Any) -> Layers | None:
     decoder = plain.get_decoder()
     if _parts(decoder) != {"embed_tokens", "layers", "norm", "rotary_emb"}:
         return None
-    if not all(map(_is_known, decoder.layers)):
+    angles = len(getattr(decoder.rotary_emb, "inv_freq", ()))
+    if not all(_is_known(layer, angles) for layer in decoder.layers):
         return None
     layers = Layers(model)
     return layers if _agrees(layers, plain, DIFFERENCE[weight.dtype]) else None
@@ -285,31 +285,31 @@ def _parts(module: Any) -> set[str]:
     return {name for name, _ in module.named_children()}
 
 
-def _is_known(layer: Any) -> bool:
+def _is_known(layer: Any, angles: int) -> bool:
+    """Whether a layer has the parts that `Layer` calls, and its heads turn by so many angles."""
     if _parts(layer) != LAYER or _parts(layer.mlp) != BLOCK:
         return False
-    attention = layer.self_attn
-    if _parts(attention) - HEAD_NORMS != ATTENTION:
+    module, norms = layer.self_attn, [layer.input_layernorm, layer.post_attention_layernorm]
+    of_heads = [getattr(module, name) for name in HEAD_NORMS if hasattr(module, name)]
+    if _parts(module) - set(HEAD_NORMS) != ATTENTION or len(of_heads) == 1:
         return False
-    width = attention.head_dim
-    norms = [getattr(attention, name) for name in HEAD_NORMS if hasattr(attention, name)]
-    return len(norms) in (0, 2) and all(len(norm.weight) == width for norm in norms)
+    if not all(hasattr(norm, "variance_epsilon") for norm in norms + of_heads):
+        return False
+    if not all(hasattr(module, name) for name in ("scaling", "num_key_value_groups")):
+        return False
+    width = getattr(module, "head_dim", 0)
+    return width == 2 * angles and all(len(norm.weight) == width for norm in of_heads)
 
 
 @torch.no_grad()
 def _agrees(layers: Layers, plain: Any, difference: float) -> bool:
-    """Whether the hidden states are those of transformers: of two rows, and of one more token."""
-    rows = [(1, 2, 3, 5), (1, 2, 4)]
-    ids_BS = torch.tensor([[*row, 6] for row in rows if len(row) == 4], device=layers.device)
-    own = LayerRows(layers)
-    first_BD = own.read(rows)
-    found = [first_BD[0], own.write(torch.tensor([6, 6], device=layers.device))[0]]
-    wanted_SD = plain.get_decoder()(
-        input_ids=ids_BS, past_key_values=DynamicCache(config=plain.config)
-    ).last_hidden_state[0]
-    found_SD = torch.stack(found)
-    far = (found_SD.float() - wanted_SD[-2:].float()).norm() / wanted_SD[-2:].float().norm()
-    return bool(far < difference)
+    """Whether hidden states are those of transformers: where a row is read, and one token on."""
+    rows, last_B = [(1, 2, 3, 5), (1, 2, 4)], torch.tensor([6, 6], device=layers.device)
+    reader = LayerRows(layers)
+    found_SD = torch.stack([reader.read(rows)[0], reader.write(last_B)[0]]).float()
+    ids_1S = torch.tensor([[*rows[0], 6]], device=layers.device)
+    wanted_SD = plain.get_decoder()(input_ids=ids_1S, use_cache=False).last_hidden_state[0, -2:]
+    return bool((found_SD - wanted_SD.float()).norm() < difference * wanted_SD.float().norm())
 
 
 def _turn(x_THd: Tensor, cos_T1d: Tensor, sin_T1d: Tensor) -> Tensor:
