@@ -82,7 +82,7 @@ def test_a_model_whose_layers_are_not_known_is_read_by_transformers(prompts: lis
     """Ragged prompts in one batch, of which rows leave at different steps."""
     model = build(GraniteConfig(**SHAPE, residual_multiplier=0.5), seed=3)
     assert find_layers(model) is None
-    limits = [12, 3, 7, 12, 5]
+    limits = [3, 12, 7, 12, 5]
     asked = [replace(p, max_new_tokens=n) for p, n in zip(prompts, limits, strict=True)]
     found = answers(engine_of(model), asked, Sampling())
     assert found == [generated(model, prompt) for prompt in asked]

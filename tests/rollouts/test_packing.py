@@ -58,9 +58,10 @@ def test_neighbours_are_multiplied_at_once_only_with_the_same_input() -> None:
         joint = multiply([ours.gate_proj, ours.up_proj], inputs[0])
         alone = torch.cat([theirs.gate_proj(inputs[0]), theirs.up_proj(inputs[0])], dim=-1)
         torch.testing.assert_close(joint, alone)
-    ours.gate_proj(x_TD)
-    x_TD.mul_(2)
-    torch.testing.assert_close(ours.up_proj(x_TD), theirs.up_proj(x_TD))
+    moving_TD = x_TD.clone()
+    ours.gate_proj(moving_TD)
+    moving_TD.mul_(2)
+    torch.testing.assert_close(ours.up_proj(moving_TD), theirs.up_proj(moving_TD))
 
 
 @torch.no_grad()

@@ -342,7 +342,9 @@ def choose(logits_BV: Tensor, uniforms_B: Tensor, sampling: Sampling) -> Tensor:
     if sampling.temperature == 0.0:
         return logits_BV.argmax(-1)
     precise = torch.float32 if logits_BV.device.type == "mps" else torch.float64
-    probs_BV = (logits_BV / sampling.temperature).softmax(-1)
+    if sampling.temperature != 1.0:
+        logits_BV = logits_BV / sampling.temperature
+    probs_BV = logits_BV.softmax(-1)
     if sampling.top_k or sampling.top_p < 1.0:
         probs_BV = likeliest(probs_BV, sampling, precise)
     cumulative_BV = probs_BV.cumsum(-1, dtype=precise)

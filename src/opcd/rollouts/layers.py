@@ -326,8 +326,7 @@ def _half_negative(sin_Td: Tensor) -> Tensor:
 def _with_room(side_BhSd: Tensor) -> Tensor:
     """Keys or values with room behind them."""
     rows, heads, length, width = side_BhSd.shape
-    # Not left empty: scores of what is hidden have to be numbers too.
-    wide_BhSd = side_BhSd.new_zeros(rows, heads, length + ROOM_TOKENS, width)
+    wide_BhSd = side_BhSd.new_empty(rows, heads, length + ROOM_TOKENS, width)
     wide_BhSd[:, :, :length] = side_BhSd
     return wide_BhSd
 
