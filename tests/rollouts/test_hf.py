@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import MistralConfig
+from transformers import GraniteConfig, MistralConfig
 
 from allocated import peak_bytes
 from opcd.adapters import tune
@@ -17,6 +17,7 @@ from opcd.prefix_store import PrefixStore
 from opcd.rollouts import hf
 from opcd.rollouts.engine import Prompt, Sampling
 from opcd.rollouts.hf import HFEngine, choose, cut_prompts
+from opcd.rollouts.layers import find_layers
 from tiny import SHAPE, build, nudge, random_ids
 from worlds import END_ID, tiny_llama
 
@@ -74,6 +75,17 @@ def test_greedy_answers_are_those_of_generate(model: Any, common_end: int) -> No
     assert [list(r.response_ids) for r in rollouts] == wanted
     assert [r.finished for r in rollouts] == [w[-1] == common_end for w in wanted]
     assert len({r.finished for r in rollouts}) == 2, "some finish, some are cut"
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, BEHIND], ids=["plain", "shared prefix"])
+def test_a_model_whose_layers_are_not_known_is_read_by_transformers(prompts: list[Prompt]) -> None:
+    """Ragged prompts in one batch, of which rows leave at different steps."""
+    model = build(GraniteConfig(**SHAPE, residual_multiplier=0.5), seed=3)
+    assert find_layers(model) is None
+    limits = [3, 12, 7, 12, 5]
+    asked = [replace(p, max_new_tokens=n) for p, n in zip(prompts, limits, strict=True)]
+    found = answers(engine_of(model), asked, Sampling())
+    assert found == [generated(model, prompt) for prompt in asked]
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS, BEHIND], ids=["plain", "shared prefix"])

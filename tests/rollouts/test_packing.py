@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from opcd.products import HAS_ONEDNN
-from opcd.rollouts.packing import PackedLinear, load_weights, pack_linears
+from opcd.rollouts.packing import PackedLinear, load_weights, multiply, pack_linears
 from tiny import logits
 from worlds import tiny_llama
 
@@ -42,6 +42,54 @@ def test_weights_of_others_stay_plain() -> None:
     load_weights(model, packed, source.named_parameters())
     assert torch.equal(shared.weight, before)
     torch.testing.assert_close(logits(model), logits(source), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_neighbours_are_multiplied_at_once_only_with_the_same_input() -> None:
+    """Another input, or the same tensor written to since, has its own products."""
+    source = tiny_llama(seed=1)
+    model, packed = packed_model(seed=2)
+    load_weights(model, packed, source.named_parameters())
+    ours, theirs = model.model.layers[0].mlp, source.model.layers[0].mlp
+    x_TD, other_TD = torch.randn(2, 3, theirs.up_proj.in_features).unbind()
+    for inputs in ((x_TD, x_TD), (x_TD, other_TD), (other_TD, x_TD), (x_TD, x_TD)):
+        torch.testing.assert_close(ours.gate_proj(inputs[0]), theirs.gate_proj(inputs[0]))
+        torch.testing.assert_close(ours.up_proj(inputs[1]), theirs.up_proj(inputs[1]))
+        joint = multiply([ours.gate_proj, ours.up_proj], inputs[0])
+        alone = torch.cat([theirs.gate_proj(inputs[0]), theirs.up_proj(inputs[0])], dim=-1)
+        torch.testing.assert_close(joint, alone)
+    moving_TD = x_TD.clone()
+    ours.gate_proj(moving_TD)
+    moving_TD.mul_(2)
+    torch.testing.assert_close(ours.up_proj(moving_TD), theirs.up_proj(moving_TD))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shared", ["q_proj", "k_proj", "v_proj"])
+def test_a_neighbour_that_is_shared_stays_plain(shared: str) -> None:
+    """The others are packed with each other, and side by side they stand in the order asked for."""
+    source = tiny_llama(seed=1).requires_grad_(False)
+    model = tiny_llama(seed=2).requires_grad_(False)
+    kept = getattr(source.model.layers[0].self_attn, shared).weight
+    getattr(model.model.layers[0].self_attn, shared).weight = kept
+    packed = pack_linears(model, {kept.data_ptr()})
+    load_weights(model, packed, source.named_parameters())
+    torch.testing.assert_close(logits(model), logits(source), rtol=1e-4, atol=1e-4)
+    x_TD = torch.randn(2, source.config.hidden_size)
+    ours, theirs = (one.model.layers[0].self_attn for one in (model, source))
+    joint = multiply([ours.q_proj, ours.k_proj, ours.v_proj], x_TD)
+    alone = [theirs.q_proj(x_TD), theirs.k_proj(x_TD), theirs.v_proj(x_TD)]
+    torch.testing.assert_close(joint, torch.cat(alone, dim=-1))
+
+
+def test_no_weights_are_held_when_let_go() -> None:
+    """Neither packed nor on the way."""
+    model, packed = packed_model(seed=2)
+    load_weights(model, packed, tiny_llama(seed=1).named_parameters())
+    for layer in packed.values():
+        layer.load(None)
+    with pytest.raises(AssertionError, match="given its weight"):
+        logits(model)
 
 
 def test_a_dtype_that_cannot_be_packed_stays_plain() -> None:

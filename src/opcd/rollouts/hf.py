@@ -37,6 +37,7 @@ from opcd.prefix_cache import (
 )
 from opcd.prefix_store import PrefixStore
 from opcd.rollouts.engine import Policy, Prompt, Sampling
+from opcd.rollouts.layers import LayerRows, Layers, find_layers
 from opcd.rollouts.packing import PackedLinear, load_weights, pack_linears
 from opcd.sharding import whole
 from opcd.types import Rollout
@@ -76,6 +77,8 @@ class HFEngine:
         self._policy: Policy | None = None
         self._copy: Any = None
         self._packed: dict[str, PackedLinear] = {}
+        self._layers: dict[int, Layers | None] = {}
+        """By the id of a model that has answered: its layers, if they can be called one by one."""
         self._copied: tuple[Policy, int, int] | None = None
         """Whose weights the copy has: the version, and how often they were written to. Training
         gives each step a version, but weights may also be loaded in between."""
@@ -151,9 +154,17 @@ class HFEngine:
                 for index, cut in zip(part, cuts, strict=True)
             ]
             with self._answering():
-                answers = decode(self._model, rows, sampling, self._end_ids, prefixes)
+                told = self._model, rows, sampling, self._end_ids, prefixes
+                answers = decode(*told, self._find_layers())
             rollouts |= zip(part, answers, strict=True)
         return [rollouts[index] for index in range(len(prompts))]
+
+    def _find_layers(self) -> Layers | None:
+        """Those of what answers now; looked at once, since only their weights move."""
+        model = self._model
+        if id(model) not in self._layers:
+            self._layers[id(model)] = find_layers(model)
+        return self._layers[id(model)]
 
     def _batches(self, prompts: Sequence[Prompt]) -> Iterator[tuple[list[int], list[SharedPrefix]]]:
         """Which prompts are answered together, and what of each was read apart, if anything."""
@@ -207,6 +218,36 @@ def cut_prompts(prompts: Sequence[Prompt]) -> list[int]:
     return [cut or (len(whole[i]) - 1) * long[i] for i, cut in enumerate(cuts)]
 
 
+class CachedRows:
+    """Rows that are being answered, as transformers reads any model, with its own cache."""
+
+    def __init__(self, model: Any, prefixes: Sequence[SharedPrefix] = ()) -> None:
+        """No tokens yet, but what each row has in front of its own, if that was read before."""
+        self._model = model
+        self._prefixes = list(prefixes)
+        plain = causal_model(model)
+        self._device, self._cache = plain.device, DynamicCache(config=plain.config)
+        self._mask_BS = torch.empty(0)
+
+    def read(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
+        """Read what the rows begin with; the hidden state at the last token of each, `_BD`."""
+        ids_BS, self._mask_BS = pad_left(rows, self._device)
+        return advance(self._model, ids_BS, self._mask_BS, self._cache, self._prefixes)
+
+    def write(self, tokens_B: Tensor) -> Tensor:
+        """Read one more token of each row; its hidden states, `_BD`."""
+        ids_B1 = tokens_B.unsqueeze(-1)
+        self._mask_BS = torch.cat([self._mask_BS, torch.ones_like(ids_B1)], dim=-1)
+        return advance(self._model, ids_B1, self._mask_BS, self._cache, self._prefixes)
+
+    def keep(self, kept: Sequence[int]) -> None:
+        """Go on with some of the rows."""
+        kept_B = torch.tensor(kept, device=self._device)
+        self._cache.batch_select_indices(kept_B)
+        self._mask_BS = self._mask_BS[kept_B]
+        self._prefixes = [self._prefixes[row] for row in kept] if self._prefixes else []
+
+
 @torch.no_grad()
 def decode(
     model: Any,
@@ -214,6 +255,7 @@ def decode(
     sampling: Sampling,
     end_ids: frozenset[int],
     prefixes: Sequence[SharedPrefix] = (),
+    layers: Layers | None = None,
 ) -> list[Rollout]:
     """Answer one batch; rows that have ended leave it.
 
@@ -223,17 +265,17 @@ def decode(
         sampling: how tokens are drawn.
         end_ids: tokens that end a response.
         prefixes: what each row has in front of it, if that was read before.
+        layers: the model's own, if they can be called one by one.
     """
-    plain, head = causal_model(model), output_head(model)
-    ids_BS, mask_BS = pad_left([prompt.ids for prompt in prompts], plain.device)
+    head = output_head(model)
+    reader = LayerRows(layers, prefixes) if layers else CachedRows(model, prefixes)
     most = max(prompt.max_new_tokens for prompt in prompts)
     uniforms_BT = torch.stack([sampling.uniforms(prompt, most) for prompt in prompts])
     responses: list[list[int]] = [[] for _ in prompts]
     states: list[list[Tensor]] = [[] for _ in prompts]
     active = list(range(len(prompts)))
-    cache = DynamicCache(config=plain.config)
+    hidden_BD = reader.read([prompt.ids for prompt in prompts])
     for step in range(most):
-        hidden_BD = advance(model, ids_BS, mask_BS, cache, prefixes)
         tokens_B = choose(head(hidden_BD), uniforms_BT[active, step], sampling)
         tokens = tokens_B.tolist()
         for row, token, hidden_D in zip(active, tokens, hidden_BD, strict=True):
@@ -248,13 +290,9 @@ def decode(
         if not keep:
             break
         if len(keep) < len(active):
-            kept_B = torch.tensor(keep, device=ids_BS.device)
-            cache.batch_select_indices(kept_B)
-            mask_BS, tokens_B = mask_BS[kept_B], tokens_B[kept_B]
-            active = [active[i] for i in keep]
-            prefixes = [prefixes[i] for i in keep] if prefixes else ()
-        ids_BS = tokens_B.unsqueeze(-1)
-        mask_BS = torch.cat([mask_BS, torch.ones_like(ids_BS)], dim=-1)
+            reader.keep(keep)
+            tokens_B, active = tokens_B[keep], [active[i] for i in keep]
+        hidden_BD = reader.write(tokens_B)
     return [
         Rollout(
             prompt.task_id,
@@ -304,7 +342,9 @@ def choose(logits_BV: Tensor, uniforms_B: Tensor, sampling: Sampling) -> Tensor:
     if sampling.temperature == 0.0:
         return logits_BV.argmax(-1)
     precise = torch.float32 if logits_BV.device.type == "mps" else torch.float64
-    probs_BV = (logits_BV / sampling.temperature).softmax(-1)
+    if sampling.temperature != 1.0:
+        logits_BV = logits_BV / sampling.temperature
+    probs_BV = logits_BV.softmax(-1)
     if sampling.top_k or sampling.top_p < 1.0:
         probs_BV = likeliest(probs_BV, sampling, precise)
     cumulative_BV = probs_BV.cumsum(-1, dtype=precise)
