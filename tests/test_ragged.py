@@ -1,6 +1,7 @@
 """`opcd.ragged`: rows in one sequence attend as rows of their own would."""
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -147,7 +148,16 @@ def test_the_opening_is_what_all_rows_begin_with(
     assert common_opening(rows) == opening
 
 
-def test_a_token_is_the_same_only_behind_the_same() -> None:
-    places, firsts = find_distinct([(1, 2, 3), (1, 3, 3), (1, 2, 3, 4)], [0, 0, 0])
-    assert places == [[0, 1, 2], [0, 3, 4], [0, 1, 2, 5]]
-    assert firsts == [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 3)]
+def test_tokens_are_the_same_behind_the_same() -> None:
+    """Against comparing all that stands in front of every two."""
+    rows, groups = [(1, 2, 3), (1, 2), (2, 2, 3), (1, 2, 3, 3), (1, 2)], [0, 0, 0, 0, 1]
+    places, firsts = find_distinct(rows, groups)
+    heads = [
+        [(group, ids[: column + 1]) for column in range(len(ids))]
+        for ids, group in zip(rows, groups, strict=True)
+    ]
+    flat_heads, flat_places = list(chain(*heads)), list(chain(*places))
+    for head, place in zip(flat_heads, flat_places, strict=True):
+        same = [other == head for other in flat_heads]
+        assert same == [other == place for other in flat_places]
+    assert [heads[row][column] for row, column in firsts] == list(dict.fromkeys(flat_heads))

@@ -220,11 +220,18 @@ def merged_weights(model: Any, policy: str = "student") -> Iterator[tuple[str, T
             continue
         layer = deltas.get(name)
         with put_together([weight, *(layer.parameters() if layer else ())]):
-            merged = weight.detach()
-            if layer:
-                delta = layer.get_delta_weight("default").detach()
-                merged = merged.float() + delta.to(merged.device)
+            merged = _merged(layer, weight.detach()) if layer else weight.detach()
             yield name.replace(".base_layer.", "."), merged
+
+
+def _merged(layer: Any, weight_OI: Tensor) -> Tensor:
+    """A layer's weight with its adapter's part, in float32."""
+    adapter = _only_adapter(layer) if type(layer) is LoraLinear else None
+    if adapter and type(weight_OI) is Tensor and not layer.fan_in_fan_out:
+        down_RI, up_OR, scale = adapter
+        wide_OI = weight_OI.to(torch.float32, copy=True)
+        return wide_OI.addmm_(up_OR.detach().float(), down_RI.detach().float(), alpha=scale)
+    return weight_OI.float() + layer.get_delta_weight("default").detach().to(weight_OI.device)
 
 
 def share_frozen(model: Any, plain: Any) -> None:

@@ -21,6 +21,11 @@ def norm(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
     return _Norm.apply(x, weight_D, epsilon)
 
 
+def plain_norm(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
+    """The same where no gradient is asked for."""
+    return _normalise(x, weight_D, epsilon)[0]
+
+
 def speed_up_norms(model: nn.Module) -> None:
     """Let a model's norms compute that way, as far as they are such norms and stand still."""
     for layer in model.modules():
@@ -47,10 +52,9 @@ def _is_rms(layer: Any, epsilon: float) -> bool:
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
-        wide = _widen(x)
-        scale = wide.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+        normed, scale = _normalise(x, weight_D, epsilon)
         ctx.save_for_backward(x, scale, weight_D)
-        return wide.mul_(scale).to(x.dtype).mul_(weight_D)
+        return normed
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
@@ -58,6 +62,13 @@ class _Norm(torch.autograd.Function):
         normed, grad = _widen(x).mul_(scale), _widen(gradients[0]).mul_(weight_D)
         along = (grad * normed).mean(-1, keepdim=True)
         return grad.sub_(normed.mul_(along)).mul_(scale).to(x.dtype), None, None
+
+
+def _normalise(x: Tensor, weight_D: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """The norm, and what rows were multiplied by."""
+    wide = _widen(x)
+    scale = wide.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+    return wide.mul_(scale).to(x.dtype).mul_(weight_D), scale
 
 
 def _widen(x: Tensor) -> Tensor:

@@ -146,7 +146,7 @@ def forward_after_prefix(
             position_ids=positions_BS,
             past_key_values=cache,
             use_cache=cache is not None,
-            shared_prefixes=_blocks(prefixes),
+            shared_prefixes=find_blocks(prefixes),
         ).last_hidden_state
 
 
@@ -177,10 +177,10 @@ def _tokens_behind(
     """Which tokens of the sequence stand behind each prefix."""
     rows = [*prefixes[: layout.opening], *prefixes]
     firsts = layout.row_T[: len(layout.side_N)].tolist()
-    return _blocks([rows[row] for row in firsts])
+    return find_blocks([rows[row] for row in firsts])
 
 
-def _blocks(prefixes: Sequence[SharedPrefix]) -> list[tuple[slice, SharedPrefix]]:
+def find_blocks(prefixes: Sequence[SharedPrefix]) -> list[tuple[slice, SharedPrefix]]:
     """Neighbouring rows with the same prefix."""
     found: list[tuple[slice, SharedPrefix]] = []
     for row, prefix in enumerate(prefixes):

@@ -1,7 +1,6 @@
 """`opcd.rollouts.layers`: layers called one by one give what transformers gives."""
 
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from transformers import (
 )
 
 from opcd.prefix_cache import SharedPrefix, read_prefix
-from opcd.rollouts.layers import ROOM_TOKENS, LayerRows, find_distinct, find_layers
+from opcd.rollouts.layers import ROOM_TOKENS, LayerRows, find_layers
 from opcd.rollouts.packing import load_weights, pack_linears
 from tiny import SHAPE, build, random_ids
 
@@ -138,18 +137,3 @@ def test_models_that_compute_otherwise_are_left_alone(config: Any) -> None:
 
 def test_other_dtypes_are_left_alone() -> None:
     assert find_layers(build(KNOWN["llama"]).to(torch.float64)) is None
-
-
-def test_tokens_are_the_same_behind_the_same() -> None:
-    """Against comparing all that stands in front of every two."""
-    rows, groups = [(1, 2, 3), (1, 2), (2, 2, 3), (1, 2, 3, 3), (1, 2)], [0, 0, 0, 0, 1]
-    places, firsts = find_distinct(rows, groups)
-    heads = [
-        [(group, ids[: column + 1]) for column in range(len(ids))]
-        for ids, group in zip(rows, groups, strict=True)
-    ]
-    flat_heads, flat_places = list(chain(*heads)), list(chain(*places))
-    for head, place in zip(flat_heads, flat_places, strict=True):
-        same = [other == head for other in flat_heads]
-        assert same == [other == place for other in flat_places]
-    assert [heads[row][column] for row, column in firsts] == list(dict.fromkeys(flat_heads))

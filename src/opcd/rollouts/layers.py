@@ -7,7 +7,6 @@ parts, or gives other hidden states, is left to transformers.
 """
 
 from collections.abc import Callable, Sequence
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -17,7 +16,9 @@ from torch.nn import functional
 from opcd.adapters import causal_model
 from opcd.batching import padded_width
 from opcd.models import why_no_prefix
-from opcd.prefix_cache import SharedPrefix, cascade_attention
+from opcd.norms import plain_norm
+from opcd.prefix_cache import SharedPrefix, cascade_attention, find_blocks
+from opcd.ragged import find_distinct
 from opcd.rollouts.packing import multiply
 
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -36,21 +37,6 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """What tokens see, `_THd`, from a layer's index, queries `_THd`, keys and values `_Thd`."""
 
 
-class Norm:
-    """An RMS norm in four steps, rounded where the model's own is, which takes eight."""
-
-    def __init__(self, norm: Any) -> None:
-        """Note whose weight it has."""
-        self._norm = norm
-        self._epsilon = torch.tensor(norm.variance_epsilon, device=norm.weight.device)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """`x / rms(x) w` over the last dimension."""
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = torch.addcmul(self._epsilon, length, length, value=1 / x.shape[-1]).rsqrt_()
-        return torch.mul(x, scale, out=torch.empty_like(x)).mul_(self._norm.weight)
-
-
 class Layer:
     """One layer: attention, then a gated block."""
 
@@ -61,30 +47,28 @@ class Layer:
         self._projections = [self.module.q_proj, self.module.k_proj, self.module.v_proj]
         self._gated = [block.gate_proj, block.up_proj]
         self._open, self._down, self._out = block.act_fn, block.down_proj, self.module.o_proj
-        self._first, self._second = (
-            Norm(layer.input_layernorm),
-            Norm(layer.post_attention_layernorm),
-        )
+        self._first, self._second = layer.input_layernorm, layer.post_attention_layernorm
         norms = [getattr(self.module, name, None) for name in HEAD_NORMS]
-        self._head_norms = [Norm(norm) for norm in norms if norm]
+        self._head_norms = [norm for norm in norms if norm]
         self._width, self._groups = self.module.head_dim, self.module.num_key_value_groups
 
     def project(self, x_TD: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `_THd`, keys and values `_Thd` of tokens, the first two turned."""
-        joint_TE = multiply(self._projections, self._first(x_TD))
+        joint_TE = multiply(self._projections, _norm(self._first, x_TD))
         joint_TJd = joint_TE.view(len(x_TD), -1, self._width)
         heads = joint_TJd.shape[1] // (self._groups + 2)
         both_TNd, v_Thd = joint_TJd[:, :-heads], joint_TJd[:, -heads:]
         if self._head_norms:
             of_q, of_k = self._head_norms
-            both_TNd = torch.cat([of_q(both_TNd[:, :-heads]), of_k(both_TNd[:, -heads:])], dim=1)
+            normed = _norm(of_q, both_TNd[:, :-heads]), _norm(of_k, both_TNd[:, -heads:])
+            both_TNd = torch.cat(normed, dim=1)
         both_TNd = _turn(both_TNd, *angles)
         return both_TNd[:, :-heads], both_TNd[:, -heads:], v_Thd
 
     def finish(self, x_TD: Tensor, seen_THd: Tensor) -> Tensor:
         """The layer's hidden states, from those before it and what its attention found."""
         x_TD = self._out(seen_THd.flatten(1)).add_(x_TD)
-        gate_TF, up_TF = multiply(self._gated, self._second(x_TD)).chunk(2, dim=-1)
+        gate_TF, up_TF = multiply(self._gated, _norm(self._second, x_TD)).chunk(2, dim=-1)
         return self._down(self._open(gate_TF) * up_TF).add_(x_TD)
 
 
@@ -121,7 +105,7 @@ class Layers:
             if wanted_B is not None and index + 1 == len(self.all):
                 x_TD, seen_THd = x_TD[wanted_B], seen_THd[wanted_B]
             x_TD = layer.finish(x_TD, seen_THd)
-        return self._norm(x_TD)
+        return _norm(self._norm, x_TD)
 
 
 class LayerRows:
@@ -226,42 +210,6 @@ class LayerRows:
         return found_BhGd.reshape(rows, 1, heads, width)
 
 
-def find_distinct(
-    rows: Sequence[Sequence[int]], groups: Sequence[int]
-) -> tuple[list[list[int]], list[tuple[int, int]]]:
-    """Which tokens of rows are the same behind the same, so that they need to be read once.
-
-    Args:
-        rows: token ids.
-        groups: rows of different groups stand behind something different.
-
-    Returns:
-        For each token of each row its place among the distinct ones, and the row and the column
-        where each of those comes first.
-    """
-    known: dict[tuple[int, int, int], int] = {}
-    places: list[list[int]] = []
-    firsts: list[tuple[int, int]] = []
-    for row, (ids, group) in enumerate(zip(rows, groups, strict=True)):
-        place, own = -1, []
-        for column, token in enumerate(ids):
-            place = known.setdefault((group, place, token), len(firsts))
-            if place == len(firsts):
-                firsts.append((row, column))
-            own.append(place)
-        places.append(own)
-    return places, firsts
-
-
-def find_blocks(prefixes: Sequence[SharedPrefix]) -> list[tuple[slice, SharedPrefix]]:
-    """Neighbouring rows with the same prefix."""
-    found: list[tuple[slice, SharedPrefix]] = []
-    for _, same in groupby(prefixes, key=id):
-        start, block = found[-1][0].stop if found else 0, list(same)
-        found.append((slice(start, start + len(block)), block[0]))
-    return found
-
-
 def find_layers(model: Any) -> Layers | None:
     """A model's layers, if they are those that are known here; `None` for any other model.
 
@@ -310,6 +258,10 @@ def _agrees(layers: Layers, plain: Any, difference: float) -> bool:
     ids_1S = torch.tensor([[*rows[0], 6]], device=layers.device)
     wanted_SD = plain.get_decoder()(input_ids=ids_1S, use_cache=False).last_hidden_state[0, -2:]
     return bool((found_SD - wanted_SD.float()).norm() < difference * wanted_SD.float().norm())
+
+
+def _norm(layer: Any, x: Tensor) -> Tensor:
+    return plain_norm(x, layer.weight, layer.variance_epsilon)
 
 
 def _turn(x_THd: Tensor, cos_T1d: Tensor, sin_T1d: Tensor) -> Tensor:
