@@ -46,14 +46,15 @@ LORA = ('model.tuning={type="lora", rank=4}', "optimizer.lr=0.003")
 FULL = ('model.tuning={type="full"}', 'teacher={type="frozen"}', "optimizer.lr=0.001")
 UNEVEN = ("batch.prompts_per_step=7", "rollout.teacher_fraction=0.25")
 """Five tasks and two anchors, some answered by their teachers: nothing divides by two."""
+BFLOAT16 = ("model.dtype=bfloat16", "steps=2", "rollout.max_new_tokens=1")
+"""In longer responses rounding draws another token sooner or later, and then all are others."""
 RUNS: dict[str, tuple[str, ...]] = {
     "ddp_lora": (*LORA, *UNEVEN),
     "ddp_full": (*FULL, "anchor.context_return=0.25", 'loss.reduction="token"'),
     "fsdp_lora": (*LORA, *UNEVEN),
     "fsdp_full": (*FULL, *UNEVEN, "model.gradient_checkpointing=true"),
     "fsdp_ema": (*LORA, 'teacher={type="ema", decay=0.8}', "batch.prompts_per_step=5"),
-    # Of longer responses, rounding draws another token sooner or later, and then all are others.
-    "fsdp_bf16": (*FULL, "model.dtype=bfloat16", "steps=2", "rollout.max_new_tokens=1"),
+    "fsdp_bf16": (*FULL, *BFLOAT16),
     "ddp_stopped": LORA,
     "fsdp_resumed": (*FULL, *UNEVEN),
     "ddp_killed": (*LORA, "launch.timeout_s=60"),

@@ -21,6 +21,7 @@ from opcd.models import Distiller, hidden_states, output_head
 from opcd.sharding import give, layers_of, summing_later, weights_by_name
 from opcd.zero import SETTINGS, Zero
 from test_launch import (
+    BFLOAT16,
     FULL,
     LORA,
     UNEVEN,
@@ -46,7 +47,6 @@ pytestmark = pytest.mark.filterwarnings(
 
 ODD = ('model.tuning={type="lora", rank=3}', "optimizer.lr=0.003")
 """Some of its weights have an odd number of elements: the last process's part is filled up."""
-BFLOAT16 = ("model.dtype=bfloat16", "steps=2")
 RUNS = {
     "zero_lora": (*ODD, *UNEVEN),
     "zero_full": (*FULL, *UNEVEN, "model.gradient_checkpointing=true"),
