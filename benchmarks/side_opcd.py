@@ -26,8 +26,8 @@ from opcd.teachers import LocalTeacher
 from opcd.training import prepare
 from opcd.weights import flushed_denormals
 
-PORTION_ROWS = 8
-"""Rows in one forward and backward pass, of whose activations the memory is."""
+PORTION_ROWS = {"float32": 4, "mixed": 4, "bfloat16": 8}
+"""Rows in one forward and backward pass, of whose activations the memory is, by precision."""
 STEPS = 100_000
 """More than will be asked for, so that the schedule does not end."""
 
@@ -63,7 +63,7 @@ schedule = "constant"
 warmup_steps = 0
 [batch]
 prompts_per_step = {len(load.prompts)}
-rows_per_forward = {PORTION_ROWS}
+rows_per_forward = {PORTION_ROWS[load.variant]}
 [anchor]
 share = 0.0
 """
