@@ -34,8 +34,8 @@ CONTEXTS = (0, 250, 1000, 4000)
 QUICK = (0, 1000)
 ROWS, NEW_TOKENS = 8, 32
 VARIANTS = {"opcd": ("float32", "bfloat16"), "sdft": ("float32", "mixed", "bfloat16")}
-TRIAL_CONTEXT, TRIAL_STEPS = 250, 2
-"""Where each side's fastest precision is found."""
+TRIAL_CONTEXT, TRIAL_STEPS = 1000, 2
+"""Where each side's fastest precision is found, in turns."""
 WARM_STEPS = 1
 LONG = 4000
 """From this context on there are two repetitions: SDFT takes minutes for one."""
@@ -59,11 +59,12 @@ class Bench:
 
     def fastest(self, name: str) -> tuple[str, dict[str, float]]:
         """In which precision a side is fastest, and the seconds of a step in each."""
-        found = {}
-        for variant in VARIANTS[name]:
-            side = self.side(name, variant, TRIAL_CONTEXT)
-            for step in range(WARM_STEPS + TRIAL_STEPS):
+        sides = {v: self.side(name, v, TRIAL_CONTEXT) for v in VARIANTS[name]}
+        for step in range(WARM_STEPS + TRIAL_STEPS):
+            for side in sides.values():
                 side.step(counts=step >= WARM_STEPS)
+        found = {}
+        for variant, side in sides.items():
             side.stop()
             found[variant] = statistics.median(step["wall_s"] for step in side.steps)
             say(f"{name} {variant}: {found[variant]:.2f} s a step")
