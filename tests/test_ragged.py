@@ -1,6 +1,5 @@
 """`opcd.ragged`: rows in one sequence attend as rows of their own would."""
 
-from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opcd.ragged import Layout, attend, common_opening, find_distinct, lay_out
+from opcd.ragged import Layout, attend, find_distinct, lay_out
 
 HEADS, KEY_HEADS, WIDTH = 6, 2, 4
 CPU = torch.device("cpu")
@@ -132,20 +131,6 @@ def test_there_is_always_a_fill() -> None:
     """Padding of rows has to stand somewhere that no loss sees."""
     assert lay_out([tuple(range(32))], CPU).tokens == 64
     assert lay_out([tuple(range(31))], CPU).tokens == 32
-
-
-@pytest.mark.parametrize(
-    ("rows", "opening"),
-    [
-        ([(1, 2, 3), (1, 2)], (1, 2)),
-        ([(1, 2), (3, 2)], ()),
-        ([(), (1,)], ()),
-    ],
-)
-def test_the_opening_is_what_all_rows_begin_with(
-    rows: Sequence[tuple[int, ...]], opening: tuple[int, ...]
-) -> None:
-    assert common_opening(rows) == opening
 
 
 def test_tokens_are_the_same_behind_the_same() -> None:

@@ -35,13 +35,11 @@ class Side:
 
     def prompts(self) -> list[tuple[int, ...]]:
         """Each row's tokens up to the first that predicts one of the response."""
-        ends = zip(self._ids(), self._bounds("amin"), strict=True)
-        return [ids[: first + 1] for ids, first in ends]
+        return self._up_to("amin")
 
     def rows(self) -> list[tuple[int, ...]]:
         """Each row's tokens up to the last that predicts one of the response."""
-        ends = zip(self._ids(), self._bounds("amax"), strict=True)
-        return [ids[: last + 1] for ids, last in ends]
+        return self._up_to("amax")
 
     def part(self, rows: Sequence[int], cuts: Sequence[int]) -> tuple["Side", Tensor]:
         """Some rows without tokens at their heads, and where among all T theirs are.
@@ -50,8 +48,8 @@ class Side:
             rows: which, in the order that they shall have.
             cuts: how many tokens each of them leaves out; fewer than its prompt has.
         """
-        device, ids, last = self.ids_BS.device, self._ids(), self._bounds("amax")
-        own = [ids[row][cut : last[row] + 1] for row, cut in zip(rows, cuts, strict=True)]
+        device, whole = self.ids_BS.device, self.rows()
+        own = [whole[row][cut:] for row, cut in zip(rows, cuts, strict=True)]
         new_B = torch.full((len(self.ids_BS),), -1, device=device)
         new_B[torch.tensor(rows, device=device)] = torch.arange(len(rows), device=device)
         place_T = (new_B[self.row_T] >= 0).nonzero().squeeze(-1)
@@ -60,14 +58,12 @@ class Side:
         assert int(column_T.min()) >= 0, f"{cuts} tokens leave nothing of a prompt"
         return Side(pad_right(own).to(device), row_T, column_T), place_T
 
-    def _ids(self) -> list[tuple[int, ...]]:
-        return [tuple(row) for row in self.ids_BS.tolist()]
-
-    def _bounds(self, which: Literal["amin", "amax"]) -> list[int]:
-        """The first or the last column of each row that predicts something."""
-        found_B = torch.zeros(len(self.ids_BS), dtype=torch.long, device=self.row_T.device)
-        found_B.scatter_reduce_(0, self.row_T, self.column_T, which, include_self=False)
-        return found_B.tolist()
+    def _up_to(self, which: Literal["amin", "amax"]) -> list[tuple[int, ...]]:
+        """Each row up to the first or the last column that predicts something."""
+        end_B = torch.zeros(len(self.ids_BS), dtype=torch.long, device=self.row_T.device)
+        end_B.scatter_reduce_(0, self.row_T, self.column_T, which, include_self=False)
+        ends = zip(self.ids_BS.tolist(), end_B.tolist(), strict=True)
+        return [tuple(ids[: end + 1]) for ids, end in ends]
 
     def take(self, hidden_BSD: Tensor) -> Tensor:
         """The hidden states that predict the response tokens, `hidden_TD`."""

@@ -168,10 +168,8 @@ def _in_chunks(
     def run_frozen(student_TD: Tensor) -> tuple[TokenStats, Tensor]:
         # What stays is there before the logits come and go: between them it would keep the C
         # library from using their places again.
-        gradient_TD, precise = (
-            torch.empty_like(student_TD),
-            torch.promote_types(student_TD.dtype, torch.float32),
-        )
+        gradient_TD = torch.empty_like(student_TD)
+        precise = torch.promote_types(student_TD.dtype, torch.float32)
         found = TokenStats(
             *(student_TD.new_empty(len(student_TD), dtype=precise) for _ in TokenStats._fields)
         )

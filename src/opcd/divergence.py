@@ -104,7 +104,7 @@ def listed_token_stats(
     student_CV, ids_CK = _log_probs(student_logits_CV, 1.0), teacher.ids_TK
     listed_CK = teacher.log_probs_TK.to(student_CV)
     bucketed = restrict(student_CV, ids_CK, "bucket"), restrict_listed(listed_CK, "bucket")
-    student_C = student_CV.gather(-1, response_C.unsqueeze(-1)).squeeze(-1)
+    student_C = _taken(student_CV, response_C)
     if isinstance(loss.support, Sampled):
         loss_C = _advantage(student_C, teacher.sampled_T.to(student_CV))
     else:
@@ -124,8 +124,7 @@ def listed_token_stats(
 
 def log_prob_of(logits_CV: Tensor, tokens_C: Tensor) -> Tensor:
     """Each token's log-probability at temperature 1."""
-    log_probs_CV = _log_probs(logits_CV, 1.0)
-    return log_probs_CV.gather(-1, tokens_C.unsqueeze(-1)).squeeze(-1)
+    return _taken(_log_probs(logits_CV, 1.0), tokens_C)
 
 
 def stats_and_gradient(
@@ -146,7 +145,7 @@ def stats_and_gradient(
     student_CV = _log_probs(student_logits_CV.detach(), loss.temperature)
     teacher_CV = _log_probs(teacher_logits_CV.detach(), loss.temperature)
     if loss.temperature == 1.0:
-        log_prob_C = student_CV.gather(-1, response_C.unsqueeze(-1)).squeeze(-1)
+        log_prob_C = _taken(student_CV, response_C)
     else:
         log_prob_C = log_prob_of(student_logits_CV.detach(), response_C)
     probs_CV = student_CV.exp()
@@ -252,9 +251,7 @@ def score_function(student_CV: Tensor, teacher_CV: Tensor, response_C: Tensor) -
     The bare log-ratio must not be differentiated: its expected gradient is zero, since
     E_p[grad log p] = 0.
     """
-    taken_C = response_C.unsqueeze(-1)
-    student_C = student_CV.gather(-1, taken_C).squeeze(-1)
-    return _advantage(student_C, teacher_CV.gather(-1, taken_C).squeeze(-1))
+    return _advantage(_taken(student_CV, response_C), _taken(teacher_CV, response_C))
 
 
 def _advantage(student_C: Tensor, teacher_C: Tensor) -> Tensor:
@@ -281,6 +278,10 @@ def _log_probs(logits_CV: Tensor, temperature: float) -> Tensor:
     if logits_CV.dtype != torch.float64:
         logits_CV = logits_CV.float()
     return log_softmax(logits_CV if temperature == 1.0 else logits_CV / temperature, dim=-1)
+
+
+def _taken(log_probs_CV: Tensor, tokens_C: Tensor) -> Tensor:
+    return log_probs_CV.gather(-1, tokens_C.unsqueeze(-1)).squeeze(-1)
 
 
 def _dot(left_CV: Tensor, right_CV: Tensor) -> Tensor:

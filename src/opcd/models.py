@@ -4,7 +4,7 @@ Knows how to get hidden states and logits out of any transformers causal model; 
 prompts, teachers' kinds or optimisers.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
@@ -75,7 +75,8 @@ def hidden_states(model: Any, side: Side) -> Tensor:
     short rows are read one after the other, without padding.
     """
     if can_be_ragged(model, side.ids_BS):
-        return _in_one_sequence(model, side)
+        layout = lay_out(side.rows(), side.ids_BS.device)
+        return read_as_one(model, side, layout, ("opcd_ragged", {"layout": layout}))
     decoder = causal_model(model).get_decoder()
     on_cpu, length = side.ids_BS.device.type == "cpu", side.ids_BS.shape[1]
     recomputed = getattr(decoder, "gradient_checkpointing", False)
@@ -112,14 +113,29 @@ def can_be_ragged(model: Any, ids_BS: Tensor) -> bool:
     )
 
 
-def _in_one_sequence(model: Any, side: Side) -> Tensor:
-    layout = lay_out(side.rows(), side.ids_BS.device)
-    with attention(model, "opcd_ragged"):
+def read_as_one(
+    model: Any,
+    side: Side,
+    layout: Layout,
+    attends: tuple[str, dict[str, Any]],
+    before: Sequence[int] = (),
+) -> Tensor:
+    """The hidden states that predict the response tokens, `hidden_TD`, of rows in one sequence.
+
+    Args:
+        model: whose weights read.
+        side: the rows.
+        layout: where they stand in the sequence.
+        attends: the attention function, by its name with transformers, and what it is told.
+        before: how many tokens each row has in front of it; default: none.
+    """
+    name, told = attends
+    with attention(model, name):
         read = causal_model(model).get_decoder()(
             input_ids=layout.ids_1T,
-            position_ids=layout.positions(),
+            position_ids=layout.positions(before),
             use_cache=False,
-            layout=layout,
+            **told,
         )
     return read.last_hidden_state[0, layout.places(side.row_T, side.column_T)]
 

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, DynamicCache
 
 from opcd.adapters import causal_model
 from opcd.batching import Side
-from opcd.models import attention, can_be_ragged, compute_dtype
+from opcd.models import attention, can_be_ragged, compute_dtype, read_as_one
 from opcd.ragged import Layout, attend, lay_out
 
 SCORES_AT_ONCE = 2**24
@@ -161,14 +161,9 @@ def states_after_prefix(model: Any, prefixes: Sequence[SharedPrefix], side: Side
     if not can_be_ragged(model, side.ids_BS):
         return side.take(forward_after_prefix(model, prefixes, side.ids_BS))
     layout = lay_out(side.rows(), side.ids_BS.device, [id(prefix) for prefix in prefixes])
-    with attention(model, "opcd_ragged_cascade"):
-        read = causal_model(model).get_decoder()(
-            input_ids=layout.ids_1T,
-            position_ids=layout.positions([prefix.tokens for prefix in prefixes]),
-            use_cache=False,
-            behind=(layout, _tokens_behind(prefixes, layout)),
-        )
-    return read.last_hidden_state[0, layout.places(side.row_T, side.column_T)]
+    told = {"behind": (layout, _tokens_behind(prefixes, layout))}
+    before = [prefix.tokens for prefix in prefixes]
+    return read_as_one(model, side, layout, ("opcd_ragged_cascade", told), before)
 
 
 def _tokens_behind(

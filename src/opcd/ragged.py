@@ -11,13 +11,15 @@ Only attention puts rows side by side again. It keeps queries, keys and values a
 computed anew in the backward pass, in float32 at least.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from opcd.rendering import common_prefix
 
 FILL_STEP = 32
 """Sequences differ in length by this much, since a CPU keeps a compiled product for every shape."""
@@ -66,7 +68,7 @@ class Layout:
 
 
 def lay_out(
-    rows: Sequence[Sequence[int]], device: torch.device, groups: Sequence[int] = ()
+    rows: Sequence[tuple[int, ...]], device: torch.device, groups: Sequence[int] = ()
 ) -> Layout:
     """Put rows into one sequence.
 
@@ -77,19 +79,21 @@ def lay_out(
             together. Default: all are of one.
     """
     groups = groups or [0] * len(rows)
-    opening = common_opening(rows) if len(set(groups)) == 1 and len(rows) > 1 else ()
-    if opening:
-        rows, groups = [opening, *rows], [groups[0], *groups]
+    shared = common_prefix(rows) if len(set(groups)) == 1 and len(rows) > 1 else 0
+    if shared:
+        rows, groups = [rows[0][:shared], *rows], [groups[0], *groups]
     places, firsts = find_distinct(rows, groups)
     used = len(firsts)
     tokens = (used // FILL_STEP + 1) * FILL_STEP
     row_T, column_T = torch.tensor(firsts + [(0, 0)] * (tokens - used), device=device).unbind(-1)
-    cuts = torch.tensor(places_seen(places), device=device)
+    new = Counter(row for row, _ in firsts)
+    cuts = [len(own) - new[row] for row, own in enumerate(places)]
     key_BK = _side_by_side(places, used, device)
-    new = [own[cut:] for own, cut in zip(places, cuts.tolist(), strict=True)]
-    query_BS = _side_by_side(new, used, device)
+    ends = [own[cut:] for own, cut in zip(places, cuts, strict=True)]
+    query_BS = _side_by_side(ends, used, device)
     column_K = torch.arange(key_BK.shape[1], device=device)
-    column_BS1 = cuts.view(-1, 1, 1) + torch.arange(query_BS.shape[1], device=device).unsqueeze(-1)
+    column_S1 = torch.arange(query_BS.shape[1], device=device).unsqueeze(-1)
+    column_BS1 = torch.tensor(cuts, device=device).view(-1, 1, 1) + column_S1
     mask_BSK = torch.zeros(*query_BS.shape, len(column_K), device=device)
     mask_BSK.masked_fill_(column_K > column_BS1, -torch.inf)
     ids = [rows[row][column] for row, column in firsts] + [0] * (tokens - used)
@@ -101,7 +105,7 @@ def lay_out(
         key_BK,
         mask_BSK,
         side_N=(query_BS.flatten() < used).nonzero().squeeze(-1),
-        opening=bool(opening),
+        opening=bool(shared),
     )
 
 
@@ -130,21 +134,6 @@ def find_distinct(
             own.append(place)
         places.append(own)
     return places, firsts
-
-
-def places_seen(places: Sequence[Sequence[int]]) -> list[int]:
-    """How many tokens at the head of each row stand in a row before it, too."""
-    seen, found = 0, []
-    for own in places:
-        found.append(sum(place < seen for place in own))
-        seen = max([seen, *(place + 1 for place in own)])
-    return found
-
-
-def common_opening(rows: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """The tokens at the head of all rows."""
-    columns = takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
-    return tuple(column[0] for column in columns)
 
 
 def attend(

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from opcd.adapters import causal_model
-from opcd.batching import padded_width
+from opcd.batching import pad_right
 from opcd.models import why_no_prefix
 from opcd.norms import plain_norm
 from opcd.prefix_cache import SharedPrefix, cascade_attention, find_blocks
-from opcd.ragged import find_distinct
+from opcd.ragged import FILL_STEP, find_distinct
 from opcd.rollouts.packing import multiply
 
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -28,8 +28,6 @@ HEAD_NORMS = ("q_norm", "k_norm")
 BLOCK = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 ROOM_TOKENS = 32
 """Keys and values are kept with room for so many more."""
-READ_STEP = 32
-"""So many tokens, or a multiple, are read at once, so that shapes stay few."""
 DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """How far hidden states may lie from those of transformers, relative to their size."""
 
@@ -119,6 +117,7 @@ class LayerRows:
         """No tokens yet, but what each row has in front of its own, if that was read before."""
         self._layers = layers
         self._prefixes = list(prefixes)
+        self._blocks = find_blocks(self._prefixes)
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         self._lengths: list[int] = []
@@ -133,12 +132,10 @@ class LayerRows:
         self._lengths = [len(row) for row in rows]
         groups = [id(prefix) for prefix in self._prefixes] or [0] * len(rows)
         places, firsts = find_distinct(rows, groups)
-        count, width = len(firsts), padded_width(rows)
         # Places without a token take another's, which nothing that counts looks at.
-        firsts += [firsts[0]] * (-count % READ_STEP)
-        padded = [(*own, *(0,) * (width - len(own))) for own in places]
+        firsts += [firsts[0]] * (-len(firsts) % FILL_STEP)
         row_T, column_T = torch.tensor(firsts, device=self._layers.device).unbind(-1)
-        place_BS = torch.tensor(padded, device=self._layers.device)
+        place_BS = pad_right(places).to(self._layers.device)
 
         def attend(index: int, q_THd: Tensor, k_Thd: Tensor, v_Thd: Tensor) -> Tensor:
             q_BHSd, k_BhSd, v_BhSd = (t[place_BS].transpose(1, 2) for t in (q_THd, k_Thd, v_Thd))
@@ -150,7 +147,7 @@ class LayerRows:
         ids_T = torch.tensor([rows[row][column] for row, column in firsts], device=row_T.device)
         before_B = torch.tensor(self._before(), device=row_T.device)
         wanted_B = torch.tensor([own[-1] for own in places], device=row_T.device)
-        self._mask_BS = hide_padding(self._lengths, width, row_T.device)
+        self._mask_BS = hide_padding(self._lengths, place_BS.shape[1], row_T.device)
         return self._layers.read(ids_T, before_B[row_T] + column_T, attend, wanted_B)
 
     def write(self, tokens_B: Tensor) -> Tensor:
@@ -183,6 +180,7 @@ class LayerRows:
         self._mask_BS = self._mask_BS[kept_B]
         self._lengths = [self._lengths[row] for row in kept]
         self._prefixes = [self._prefixes[row] for row in kept] if self._prefixes else []
+        self._blocks = find_blocks(self._prefixes)
 
     def _before(self) -> list[int]:
         return [prefix.tokens for prefix in self._prefixes] or [0] * len(self._lengths)
@@ -192,10 +190,9 @@ class LayerRows:
     ) -> Tensor:
         """Attention, `_BSHd`: causal, or of one token to all that the mask leaves."""
         module = self._layers.all[index].module
-        if self._prefixes:
-            blocks = find_blocks(self._prefixes)
+        if self._blocks:
             own = q_BHSd, k_BhSd, v_BhSd, mask
-            return cascade_attention(module, *own, module.scaling, shared_prefixes=blocks)[0]
+            return cascade_attention(module, *own, module.scaling, shared_prefixes=self._blocks)[0]
         rows, heads, length, width = q_BHSd.shape
         if length > 1:
             found_BHSd = functional.scaled_dot_product_attention(
