@@ -34,8 +34,8 @@ def contexts_of(rows: Sequence[Row]) -> list[int]:
 
 
 def peak(row: Row) -> Figure:
-    """The process's highest memory after its steps: it only grows, so that the last one counts."""
-    return summarise([row["steps"][-1]["peak_bytes"] / GIB] * 2)
+    """The highest memory of each process, GiB."""
+    return summarise([step["peak_bytes"] / GIB for step in row["steps"]])
 
 
 def ratio(rows: Sequence[Row], context: int, name: str = "wall_s") -> Figure | None:
@@ -79,7 +79,7 @@ def steps_table(rows: Sequence[Row]) -> str:
                     show(summarise(column(steps, "wall_s"))),
                     *parts,
                     show_plain(speed, 0),
-                    show_plain(peak(row)),
+                    show(peak(row)),
                     show(found) if found else "",
                 )
             )
@@ -152,11 +152,9 @@ def goals(found: Row) -> list[tuple[str, str, str, str]]:
             words = f"opcd's step at 4,000 tokens / at 250, {HEADINGS[name].lower()}"
             lines.append(judge(pair_ratios(*walls), Goal(words, 1.3)))
         for context in contexts_of(rows):
-            ours, theirs = (find(rows, side, context) for side in ("opcd", "sdft"))
-            if ours and theirs:
-                share = peak(ours).median / peak(theirs).median
+            if share := ratio(rows, context, "peak_bytes"):
                 words = f"peak RSS at {context:,} tokens, {HEADINGS[name].lower()}, opcd / SDFT"
-                lines.append(judge(summarise([share, share]), Goal(words, 0.6)))
+                lines.append(judge(share, Goal(words, 0.6)))
     return lines
 
 
@@ -183,9 +181,10 @@ def context_table(found: Row) -> str:
         for context in contexts_of(rows):
             row = find(rows, "opcd", context)
             if context and row and (f"{context:,}", row["variant"]) not in [x[:2] for x in lines]:
-                once_s = row["end"]["read_context_s"]
-                line = (f"{context:,}", row["variant"], f"{once_s:.2f}", f"{once_s / 30:.2f}")
-                lines.append(line)
+                once_s = column(row["ends"], "read_context_s")
+                of_step = summarise([wall_s / 30 for wall_s in once_s])
+                told = show(summarise(once_s)), show_plain(of_step)
+                lines.append((f"{context:,}", row["variant"], *told))
     return markdown(head, lines)
 
 

@@ -1,12 +1,13 @@
 """opcd beside TRL's `SDFTTrainer`, in one run on one machine; writes docs/performance.md.
 
-    make bench                                   # everything, about 20 minutes
+    make bench                                   # everything, about 45 minutes
     python benchmarks/sdft.py --quick            # contexts of 0 and 1,000 tokens, two repetitions
 
 Both sides train the same model with the same adapter on the same prompts, with the same context on
-the teacher's side, responses of one fixed length, and take turns step by step. First float32
-against float32, then each side in the precision in which it is fastest (tried in this run). Then
-the loss alone (`kernel`), and what a step needs at the least (`limits`).
+the teacher's side, responses of one fixed length, and take turns step by step; each repetition is
+in processes of its own. First float32 against float32, then each side in the precision in which it
+is fastest (tried in this run). Then the loss alone (`kernel`), and what a step needs at the least
+(`limits`).
 """
 
 import argparse
@@ -23,7 +24,7 @@ from typing import Any
 import kernel
 import limits
 import page
-from sides import Side, measure_limits
+from sides import Side, join_rows, measure_limits
 from transformers import AutoTokenizer
 from workload import Workload, make_context, read_prompts
 
@@ -71,20 +72,28 @@ class Bench:
         return min(found, key=lambda variant: found[variant]), found
 
     def turns(self, variants: dict[str, str], context_tokens: int) -> list[dict[str, Any]]:
-        """Both sides' steps in one setting, one after the other."""
+        """Both sides' steps in one setting, one after the other.
+
+        A process's memory hangs on how its allocator happened to go, so that a second step of the
+        same process tells nothing about it.
+        """
+        repetitions = 2 if context_tokens >= LONG else self.repetitions
+        started = [self.repeat(variants, context_tokens, number) for number in range(repetitions)]
+        rows = [join_rows(side, context_tokens) for side in zip(*started, strict=True)]
+        for row in rows:
+            tell(row)
+        return rows
+
+    def repeat(self, variants: dict[str, str], context_tokens: int, number: int) -> list[Side]:
+        """One step of each side that counts, in new processes; each goes first every other time."""
         sides = [self.side(name, variant, context_tokens) for name, variant in variants.items()]
         check_alike(sides)
-        repetitions = 2 if context_tokens >= LONG else self.repetitions
-        for turn in range(WARM_STEPS + repetitions):
-            for side in sides if turn % 2 else reversed(sides):
+        for turn in range(WARM_STEPS + 1):
+            for side in sides if (number + turn) % 2 else reversed(sides):
                 side.step(counts=turn >= WARM_STEPS)
         for side in sides:
             side.stop()
-        rows = [side.row(context_tokens) for side in sides]
-        for row in rows:
-            walls = ", ".join(f"{step['wall_s']:.2f}" for step in row["steps"])
-            say(f"{context_tokens:5,} tokens, {row['side']} {row['variant']}: {walls} s")
-        return rows
+        return sides
 
 
 def check_alike(sides: Sequence[Side]) -> None:
@@ -97,6 +106,14 @@ def check_alike(sides: Sequence[Side]) -> None:
     counts = [tuple(side.about[name] for name in names) for side in sides]
     if len(set(counts)) > 1:
         raise SystemExit(f"the sides' prompts have {counts} tokens; they must be the same")
+
+
+def tell(row: dict[str, Any]) -> None:
+    """One side's seconds and memory in one setting."""
+    walls = ", ".join(f"{step['wall_s']:.2f}" for step in row["steps"])
+    peaks = ", ".join(f"{step['peak_bytes'] / 2**30:.2f}" for step in row["steps"])
+    name = f"{row['context_tokens']:5,} tokens, {row['side']} {row['variant']}"
+    say(f"{name}: {walls} s; {peaks} GiB")
 
 
 def say(text: str) -> None:

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,16 +71,18 @@ class Side:
         last = (self.folder / "stderr.txt").read_text().strip()[-2000:]
         raise SystemExit(f"{self.script} ended in the middle of its work:\n{last}")
 
-    def row(self, context_tokens: int) -> dict[str, Any]:
-        """All that was measured, for the results file."""
-        return {
-            "side": self.script.removeprefix("side_").removesuffix(".py"),
-            "variant": self.load.variant,
-            "context_tokens": context_tokens,
-            "about": self.about,
-            "steps": self.steps,
-            "end": self.end,
-        }
+
+def join_rows(sides: Sequence[Side], context_tokens: int) -> dict[str, Any]:
+    """All that one side's processes measured in one setting, for the results file."""
+    first = sides[0]
+    return {
+        "side": first.script.removeprefix("side_").removesuffix(".py"),
+        "variant": first.load.variant,
+        "context_tokens": context_tokens,
+        "about": first.about,
+        "steps": [step for side in sides for step in side.steps],
+        "ends": [side.end for side in sides],
+    }
 
 
 def measure_limits(python: str) -> dict[str, float]:
