@@ -8,13 +8,10 @@ from itertools import cycle, islice
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache
 
-from opcd.adapters import causal_model
 from opcd.models import output_head
 from opcd.prefix_cache import SharedPrefix
-from opcd.rollouts.hf import advance, pad_left
+from opcd.rollouts.hf import CachedRows
 
 REPETITIONS = 5
 """Measured ones; one more before them is thrown away."""
@@ -89,23 +86,20 @@ def time_conditions(
 def time_batch(served: Served, rows: int, tokens: int) -> Timed:
     """Have one batch answered with exactly so many tokens a row, and take the times."""
     model, prefixes = served.model, [served.prefix] * rows if served.prefix else ()
-    plain, head = causal_model(model), output_head(model)
-    ids_BS, mask_BS = pad_left(served.batch(rows), plain.device)
-    cache = DynamicCache(config=plain.config)
+    reader, head, prompts = CachedRows(model, prefixes), output_head(model), served.batch(rows)
     started = _now()
-    hidden_BD = advance(model, ids_BS, mask_BS, cache, prefixes)
+    hidden_BD = reader.read(prompts)
     read = _now()
-    written = [_likeliest(head(hidden_BD))]
+    written = [head(hidden_BD).argmax(-1)]
     first = _now()
     for _ in range(tokens - 1):
-        mask_BS = torch.cat([mask_BS, torch.ones_like(written[-1])], dim=-1)
-        written.append(_likeliest(head(advance(model, written[-1], mask_BS, cache, prefixes))))
+        written.append(head(reader.write(written[-1])).argmax(-1))
     last = _now()
     return Timed(
         prefill_s=read - started,
         first_token_s=first - started,
         decode_tokens_per_s=rows * (tokens - 1) / (last - first) if tokens > 1 else None,
-        ids=torch.cat(written, dim=-1).tolist(),
+        ids=torch.stack(written, dim=-1).tolist(),
     )
 
 
@@ -118,10 +112,6 @@ def describe_machine(model: Any) -> str:
     if weight.device.type == "cuda":
         return f"this machine's {torch.cuda.get_device_name(weight.device)}, {dtype}"
     return f"this machine's {weight.device.type} device, {dtype}"
-
-
-def _likeliest(logits_BV: Tensor) -> Tensor:
-    return logits_BV.argmax(-1, keepdim=True)
 
 
 def _now() -> float:

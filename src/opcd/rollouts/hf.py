@@ -232,13 +232,13 @@ class CachedRows:
     def read(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
         """Read what the rows begin with; the hidden state at the last token of each, `_BD`."""
         ids_BS, self._mask_BS = pad_left(rows, self._device)
-        return advance(self._model, ids_BS, self._mask_BS, self._cache, self._prefixes)
+        return self._advance(ids_BS)
 
     def write(self, tokens_B: Tensor) -> Tensor:
         """Read one more token of each row; its hidden states, `_BD`."""
         ids_B1 = tokens_B.unsqueeze(-1)
         self._mask_BS = torch.cat([self._mask_BS, torch.ones_like(ids_B1)], dim=-1)
-        return advance(self._model, ids_B1, self._mask_BS, self._cache, self._prefixes)
+        return self._advance(ids_B1)
 
     def keep(self, kept: Sequence[int]) -> None:
         """Go on with some of the rows."""
@@ -246,6 +246,21 @@ class CachedRows:
         self._cache.batch_select_indices(kept_B)
         self._mask_BS = self._mask_BS[kept_B]
         self._prefixes = [self._prefixes[row] for row in kept] if self._prefixes else []
+
+    def _advance(self, ids_BS: Tensor) -> Tensor:
+        """Hidden states at the last of some more tokens of each row, `_BD`."""
+        model, mask_BS, cache = self._model, self._mask_BS, self._cache
+        if self._prefixes:
+            return forward_after_prefix(model, self._prefixes, ids_BS, mask_BS, cache)[:, -1]
+        positions_BS = (mask_BS.cumsum(-1) - 1).clamp(min=0)[:, -ids_BS.shape[1] :]
+        decoder = causal_model(model).get_decoder()
+        return decoder(
+            input_ids=ids_BS,
+            attention_mask=mask_BS,
+            position_ids=positions_BS,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1]
 
 
 @torch.no_grad()
@@ -302,35 +317,6 @@ def decode(
         )
         for prompt, response, kept in zip(prompts, responses, states, strict=True)
     ]
-
-
-def advance(
-    model: Any,
-    ids_BS: Tensor,
-    mask_BS: Tensor,
-    cache: DynamicCache,
-    prefixes: Sequence[SharedPrefix] = (),
-) -> Tensor:
-    """Read tokens into the cache; the hidden states at the last position of each row, `_BD`.
-
-    Args:
-        model: whose weights read.
-        ids_BS: the tokens after those in the cache, padded on the left.
-        mask_BS: 1 at real tokens, over the cached and the new ones.
-        cache: holds the rows' keys and values, and grows.
-        prefixes: what each row has in front of it, if that was read before.
-    """
-    if prefixes:
-        return forward_after_prefix(model, prefixes, ids_BS, mask_BS, cache)[:, -1]
-    positions_BS = (mask_BS.cumsum(-1) - 1).clamp(min=0)[:, -ids_BS.shape[1] :]
-    decoder = causal_model(model).get_decoder()
-    return decoder(
-        input_ids=ids_BS,
-        attention_mask=mask_BS,
-        position_ids=positions_BS,
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state[:, -1]
 
 
 def choose(logits_BV: Tensor, uniforms_B: Tensor, sampling: Sampling) -> Tensor:
