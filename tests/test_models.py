@@ -6,7 +6,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig, Qwen3Config
+from transformers import (
+    CohereConfig,
+    DiffLlamaConfig,
+    DogeConfig,
+    FalconConfig,
+    Gemma2Config,
+    GPT2Config,
+    GptOssConfig,
+    GraniteConfig,
+    LlamaConfig,
+    NemotronConfig,
+    Qwen3Config,
+)
 
 from opcd import models
 from opcd.adapters import (
@@ -25,6 +37,7 @@ from opcd.models import (
     hidden_states,
     output_head,
     shared_opening,
+    why_no_prefix,
 )
 from opcd.types import PromptPair
 from tiny import IDS_BS, LORA, SHAPE, build, logits, pair_of, reverse_kl, rollout_of, tuned
@@ -84,6 +97,7 @@ OPENED = side_of([(*range(10, 29), 40 + row, *range(50, 50 + row)) for row in ra
 def read_and_differentiate(model: Any, side: Side) -> tuple[Tensor, list[Tensor], int]:
     """`hidden_TD`, the gradients of what is trained, and how many tokens were embedded."""
     read: list[int] = []
+    why_no_prefix(model)  # reads a few tokens, when it is asked first
     embed = model.get_input_embeddings()
     hook = embed.register_forward_hook(lambda _, ids, __: read.append(ids[0].numel()))
     hidden_TD = hidden_states(model, side)
@@ -145,7 +159,56 @@ def test_models_with_attention_of_their_own_are_read_side_by_side() -> None:
     assert can_be_ragged(tiny_llama(), ids_BS)
     assert not can_be_ragged(build(HEADS["gemma2, capped"]), ids_BS)
     assert not can_be_ragged(tiny_llama(attention_dropout=0.1), ids_BS)
+    gpt2: Any = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 300}
+    assert can_be_ragged(build(GPT2Config(**gpt2, attn_pdrop=0.0)), ids_BS)
+    assert not can_be_ragged(build(GPT2Config(**gpt2, attn_pdrop=0.1)), ids_BS)
     assert not can_be_ragged(tiny_llama(), torch.ones(1, 513, dtype=torch.long))
+
+
+ROPE: Any = {"rope_theta": 1e4, "factor": 2.0}
+LONG: Any = {
+    "short_factor": [1.0] * 4,
+    "long_factor": [4.0] * 4,
+    "original_max_position_embeddings": 16,
+}
+FULL: Any = {**SHAPE, "layer_types": ["full_attention"] * 2}
+OTHER_ATTENTION = {
+    "sinks": GptOssConfig(**FULL, num_local_experts=4),
+    "a mask of its own": DogeConfig(**SHAPE),
+    "values that are no cache's": DiffLlamaConfig(**SHAPE),
+    "a decoder that hands nothing on": NemotronConfig(**SHAPE),
+}
+BY_LENGTH = {
+    "dynamic": LlamaConfig(**SHAPE, rope_parameters={"rope_type": "dynamic", **ROPE}),
+    "longrope": LlamaConfig(**SHAPE, rope_parameters={"rope_type": "longrope", **ROPE, **LONG}),
+}
+
+
+@pytest.mark.parametrize("name", list(OTHER_ATTENTION))
+def test_attention_with_something_of_its_own_is_left_to_it(name: str) -> None:
+    """Nothing in these models' configurations tells; what comes out does."""
+    model = build(OTHER_ATTENTION[name])
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.3 * (weight.dim() == 1))
+    reason = why_no_prefix(model)
+    assert reason is not None and "something of its own" in reason
+
+
+@pytest.mark.parametrize("name", list(BY_LENGTH))
+def test_angles_that_depend_on_the_longest_row_are_not_shared(name: str) -> None:
+    """A prefix's would be those of its own length."""
+    reason = why_no_prefix(build(BY_LENGTH[name]))
+    assert reason is not None and name in reason
+
+
+def test_a_model_that_looks_at_the_functions_name_keeps_its_own() -> None:
+    """Falcon's two ways to add ALiBi are not the same; teachers and students go one of them."""
+    shape: Any = {key: value for key, value in SHAPE.items() if key != "head_dim"}
+    model, side = build(FalconConfig(**shape, alibi=True)), side_of([(7, 8, 9), (9, 8)])
+    found_TD = hidden_states(model, side)
+    with torch.no_grad():
+        torch.testing.assert_close(found_TD.detach(), hidden_states(model, side))
 
 
 def test_an_opening_ends_before_the_first_response_token() -> None:
