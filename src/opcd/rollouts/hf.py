@@ -243,7 +243,8 @@ class CachedRows:
     def keep(self, kept: Sequence[int]) -> None:
         """Go on with some of the rows."""
         kept_B = torch.tensor(kept, device=self._device)
-        self._cache.batch_select_indices(kept_B)
+        # Beam search's way, since the other forgets the states of linear attention.
+        self._cache.reorder_cache(kept_B)
         self._mask_BS = self._mask_BS[kept_B]
         self._prefixes = [self._prefixes[row] for row in kept] if self._prefixes else []
 
