@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    BartConfig,
+    BertConfig,
     CohereConfig,
     DiffLlamaConfig,
     DogeConfig,
@@ -33,6 +35,7 @@ from opcd.models import (
     Distiller,
     can_be_ragged,
     check_head,
+    check_rows,
     check_same_vocabulary,
     hidden_states,
     output_head,
@@ -82,6 +85,21 @@ def test_a_head_that_is_not_known_is_refused() -> None:
     model.register_forward_hook(double)
     with pytest.raises(ModelError, match="logits of LlamaForCausalLM are not its head applied"):
         check_head(model)
+
+
+SMALL = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+IN_COMPANY = {
+    "before other tokens": SMALL,  # no decoder: it looks ahead
+    "behind padding": BartConfig(d_model=32, decoder_layers=2, decoder_attention_heads=4),
+}
+
+
+@pytest.mark.parametrize("place", list(IN_COMPANY))
+def test_a_model_that_reads_rows_otherwise_in_company_is_refused(place: str) -> None:
+    """Bart counts positions itself, whatever it is told, so padding moves its answers."""
+    check_rows(tiny_llama())
+    with pytest.raises(ModelError, match=f"{place} as it reads it alone"):
+        check_rows(build(IN_COMPANY[place]))
 
 
 def side_of(prompts: Sequence[tuple[int, ...]]) -> Side:

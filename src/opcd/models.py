@@ -234,8 +234,7 @@ def _why_other_attention(model: Any) -> str | None:
 def _attends_alike(model: Any) -> bool:
     """Whether rows in one sequence have the states that each has alone, with what a cache keeps."""
     decoder, rows = model.get_decoder(), [(1, 2, 3, 5), (1, 2, 4)]
-    device = next(model.parameters()).device
-    layout, cache = lay_out(rows, device), DynamicCache(config=model.config)
+    layout, cache = lay_out(rows, model.device), DynamicCache(config=model.config)
     seen: list[tuple[int, Tensor, Tensor]] = []
     told = {"past_key_values": cache, "use_cache": True, "layout": layout, "seen": seen}
     with attention(model, "opcd_ragged"):
@@ -247,15 +246,14 @@ def _attends_alike(model: Any) -> bool:
         sides = (layer.keys, key), (layer.values, value)
         if key.shape != value.shape or not all(torch.equal(*side) for side in sides):
             return False
-    found, wanted = [], []
+    limit = DIFFERENCE.get(compute_dtype(model), 0.1)
     for row, ids in enumerate(rows):
-        column_N = torch.arange(len(ids), device=device)
-        place_N = layout.places(torch.full_like(column_N, row), column_N)
-        found.append(read.last_hidden_state[0, place_N])
-        ids_1S = torch.tensor([ids], device=device)
-        wanted.append(decoder(input_ids=ids_1S, use_cache=False).last_hidden_state[0])
-    apart, size = (torch.cat(found) - torch.cat(wanted)).norm(), torch.cat(wanted).norm()
-    return bool(apart <= DIFFERENCE.get(compute_dtype(model), 0.1) * size)
+        ids_1S = torch.tensor([ids], device=model.device)
+        wanted_SD = decoder(input_ids=ids_1S, use_cache=False).last_hidden_state[0]
+        found_SD = read.last_hidden_state[0, layout.key_BK[row + layout.opening, : len(ids)]]
+        if not (found_SD - wanted_SD).norm() <= limit * wanted_SD.norm():
+            return False
+    return True
 
 
 def compute_dtype(model: Any) -> torch.dtype:
@@ -346,6 +344,29 @@ def check_head(model: Any) -> None:
             f"the logits of {type(causal_model(model)).__name__} are not its head applied to its "
             "hidden states, so its divergence cannot be computed in chunks; use another model"
         )
+
+
+@torch.no_grad()
+def check_rows(model: Any) -> None:
+    """Compare a row alone with the same row in a batch: before other tokens, and behind padding.
+
+    Raises:
+        ModelError: it is not read alike, so that answers would depend on what they stand beside.
+    """
+    decoder, device = causal_model(model).get_decoder(), next(model.parameters()).device
+    ids_1S = torch.tensor([[1, 2, 3, 4, 5]], device=device)
+    padded_1S = functional.pad(ids_1S[:, :3], (2, 0))
+    told = {"attention_mask": (padded_1S > 0).long(), "position_ids": (ids_1S - 3).clamp(min=0)}
+    alone_SD = decoder(input_ids=ids_1S[:, :3], use_cache=False).last_hidden_state[0]
+    before_SD = decoder(input_ids=ids_1S, use_cache=False).last_hidden_state[0, :3]
+    behind_SD = decoder(input_ids=padded_1S, use_cache=False, **told).last_hidden_state[0, 2:]
+    for place, found_SD in (("before other tokens", before_SD), ("behind padding", behind_SD)):
+        apart = (found_SD - alone_SD).norm() / alone_SD.norm()
+        if apart > 2 * DIFFERENCE.get(compute_dtype(model), 0.1):
+            raise ModelError(
+                f"{type(causal_model(model)).__name__} does not read a row {place} as it reads it "
+                f"alone ({apart:.0%} apart), so batches would change its answers; use another model"
+            )
 
 
 def check_same_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any) -> None:

@@ -242,7 +242,7 @@ class CachedRows:
 
     def keep(self, kept: Sequence[int]) -> None:
         """Go on with some of the rows."""
-        kept_B = torch.tensor(kept, device=self._device)
+        kept_B: Any = torch.tensor(kept, device=self._device)
         # Beam search's way, since the other forgets the states of linear attention.
         self._cache.reorder_cache(kept_B)
         self._mask_BS = self._mask_BS[kept_B]
