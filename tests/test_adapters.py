@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import MixtralConfig, SeedOssConfig
 
 from opcd.adapters import (
     adapter_off,
@@ -19,7 +20,7 @@ from opcd.adapters import (
 )
 from opcd.config.training import Full, Lora
 from opcd.errors import ModelError
-from tiny import LORA, logits, tuned
+from tiny import LORA, SHAPE, build, logits, nudge, tuned
 from worlds import tiny_llama
 
 
@@ -35,6 +36,21 @@ def test_merged_weights_are_those_peft_merges() -> None:
     copy = tiny_llama(seed=9)
     copy.load_state_dict(merged)
     torch.testing.assert_close(logits(copy), before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
+def test_experts_are_merged_as_peft_merges_them() -> None:
+    """All experts' weights are one parameter each, adapted one around the other."""
+    config = MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2)
+    model = tune(build(config), LORA, 0)
+    nudge(model, 3)
+    assert any("experts.base_layer.base_layer" in name for name, _ in model.named_parameters())
+    merged = {name: weight.clone() for name, weight in merged_weights(model)}
+    share_frozen(model, build(config, 1))
+    wanted = dict(merge(model).named_parameters())
+    assert merged.keys() == wanted.keys()
+    for name, weight in wanted.items():
+        torch.testing.assert_close(merged[name], weight, rtol=1e-5, atol=1e-6)
 
 
 def test_a_model_without_adapter_is_copied_as_it_is() -> None:
@@ -230,3 +246,12 @@ def test_a_block_that_only_looks_gated_keeps_its_own_way() -> None:
     model = tune(plain, Lora(rank=4), 0)
     torch.testing.assert_close(logits(model), before)
     assert "forward" not in causal_model(model).model.layers[0].mlp.__dict__
+
+
+def test_a_block_that_drops_in_training_goes_on_to() -> None:
+    """Seed-OSS's is an ordinary gated block where it answers, and only there."""
+    model = tune(build(SeedOssConfig(**SHAPE, residual_dropout=0.5)), LORA, 0)
+    block = causal_model(model).model.layers[0].mlp
+    assert not block.training
+    dropped = block.train()(torch.randn(1, 9, 32)) == 0
+    assert 0.3 < dropped.float().mean() < 0.7

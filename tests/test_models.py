@@ -6,7 +6,21 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig, Qwen3Config
+from transformers import (
+    BartConfig,
+    BertConfig,
+    CohereConfig,
+    DiffLlamaConfig,
+    DogeConfig,
+    FalconConfig,
+    Gemma2Config,
+    GPT2Config,
+    GptOssConfig,
+    GraniteConfig,
+    LlamaConfig,
+    NemotronConfig,
+    Qwen3Config,
+)
 
 from opcd import models
 from opcd.adapters import (
@@ -21,10 +35,12 @@ from opcd.models import (
     Distiller,
     can_be_ragged,
     check_head,
+    check_rows,
     check_same_vocabulary,
     hidden_states,
     output_head,
     shared_opening,
+    why_no_prefix,
 )
 from opcd.types import PromptPair
 from tiny import IDS_BS, LORA, SHAPE, build, logits, pair_of, reverse_kl, rollout_of, tuned
@@ -71,6 +87,21 @@ def test_a_head_that_is_not_known_is_refused() -> None:
         check_head(model)
 
 
+SMALL = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+IN_COMPANY = {
+    "before other tokens": SMALL,  # no decoder: it looks ahead
+    "behind padding": BartConfig(d_model=32, decoder_layers=2, decoder_attention_heads=4),
+}
+
+
+@pytest.mark.parametrize("place", list(IN_COMPANY))
+def test_a_model_that_reads_rows_otherwise_in_company_is_refused(place: str) -> None:
+    """Bart counts positions itself, whatever it is told, so padding moves its answers."""
+    check_rows(tiny_llama())
+    with pytest.raises(ModelError, match=f"{place} as it reads it alone"):
+        check_rows(build(IN_COMPANY[place]))
+
+
 def side_of(prompts: Sequence[tuple[int, ...]]) -> Side:
     """What a student reads: these prompts, with responses of growing length."""
     pairs = [PromptPair(str(row), prompt, prompt) for row, prompt in enumerate(prompts)]
@@ -84,6 +115,7 @@ OPENED = side_of([(*range(10, 29), 40 + row, *range(50, 50 + row)) for row in ra
 def read_and_differentiate(model: Any, side: Side) -> tuple[Tensor, list[Tensor], int]:
     """`hidden_TD`, the gradients of what is trained, and how many tokens were embedded."""
     read: list[int] = []
+    why_no_prefix(model)  # reads a few tokens, when it is asked first
     embed = model.get_input_embeddings()
     hook = embed.register_forward_hook(lambda _, ids, __: read.append(ids[0].numel()))
     hidden_TD = hidden_states(model, side)
@@ -145,7 +177,56 @@ def test_models_with_attention_of_their_own_are_read_side_by_side() -> None:
     assert can_be_ragged(tiny_llama(), ids_BS)
     assert not can_be_ragged(build(HEADS["gemma2, capped"]), ids_BS)
     assert not can_be_ragged(tiny_llama(attention_dropout=0.1), ids_BS)
+    gpt2: Any = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 300}
+    assert can_be_ragged(build(GPT2Config(**gpt2, attn_pdrop=0.0)), ids_BS)
+    assert not can_be_ragged(build(GPT2Config(**gpt2, attn_pdrop=0.1)), ids_BS)
     assert not can_be_ragged(tiny_llama(), torch.ones(1, 513, dtype=torch.long))
+
+
+ROPE: Any = {"rope_theta": 1e4, "factor": 2.0}
+LONG: Any = {
+    "short_factor": [1.0] * 4,
+    "long_factor": [4.0] * 4,
+    "original_max_position_embeddings": 16,
+}
+FULL: Any = {**SHAPE, "layer_types": ["full_attention"] * 2}
+OTHER_ATTENTION = {
+    "sinks": GptOssConfig(**FULL, num_local_experts=4),
+    "a mask of its own": DogeConfig(**SHAPE),
+    "values that are no cache's": DiffLlamaConfig(**SHAPE),
+    "a decoder that hands nothing on": NemotronConfig(**SHAPE),
+}
+BY_LENGTH = {
+    "dynamic": LlamaConfig(**SHAPE, rope_parameters={"rope_type": "dynamic", **ROPE}),
+    "longrope": LlamaConfig(**SHAPE, rope_parameters={"rope_type": "longrope", **ROPE, **LONG}),
+}
+
+
+@pytest.mark.parametrize("name", list(OTHER_ATTENTION))
+def test_attention_with_something_of_its_own_is_left_to_it(name: str) -> None:
+    """Nothing in these models' configurations tells; what comes out does."""
+    model = build(OTHER_ATTENTION[name])
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.3 * (weight.dim() == 1))
+    reason = why_no_prefix(model)
+    assert reason is not None and "something of its own" in reason
+
+
+@pytest.mark.parametrize("name", list(BY_LENGTH))
+def test_angles_that_depend_on_the_longest_row_are_not_shared(name: str) -> None:
+    """A prefix's would be those of its own length."""
+    reason = why_no_prefix(build(BY_LENGTH[name]))
+    assert reason is not None and name in reason
+
+
+def test_a_model_that_looks_at_the_functions_name_keeps_its_own() -> None:
+    """Falcon's two ways to add ALiBi are not the same; teachers and students go one of them."""
+    shape: Any = {key: value for key, value in SHAPE.items() if key != "head_dim"}
+    model, side = build(FalconConfig(**shape, alibi=True)), side_of([(7, 8, 9), (9, 8)])
+    found_TD = hidden_states(model, side)
+    with torch.no_grad():
+        torch.testing.assert_close(found_TD.detach(), hidden_states(model, side))
 
 
 def test_an_opening_ends_before_the_first_response_token() -> None:

@@ -58,6 +58,25 @@ class Doubled(LlamaRMSNorm):
         return 2 * super().forward(hidden_states)
 
 
+class Gated(LlamaRMSNorm):
+    """Is a norm as long as nothing opens or closes it, as those of Mamba-like layers."""
+
+    def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+        """The norm, times a gate."""
+        normed = super().forward(hidden_states)
+        return normed if gate is None else normed * gate
+
+
+def test_norms_of_other_shapes_are_left_alone() -> None:
+    """One with a gate is given two things; one for each head has a weight of two dimensions."""
+    gated, heads = Gated(WIDTH, EPSILON), LlamaRMSNorm(WIDTH, EPSILON)
+    heads.weight = nn.Parameter(torch.rand(2, WIDTH), requires_grad=False)
+    speed_up_norms(nn.ModuleList([gated, heads]))
+    x_TD = torch.randn(3, WIDTH)
+    torch.testing.assert_close(gated(x_TD, 2.0 + x_TD), gated(x_TD) * (2.0 + x_TD))
+    assert heads(torch.randn(3, 2, WIDTH)).shape == (3, 2, WIDTH)
+
+
 def test_only_norms_that_compute_this_are_replaced() -> None:
     weight_D, x_TD = weight_and_input(torch.float32)
     doubled = Doubled(WIDTH, EPSILON)

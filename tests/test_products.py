@@ -69,6 +69,16 @@ def test_gradients_of_the_adapter_and_of_what_comes_in() -> None:
     torch.testing.assert_close(run(x, down, up), wanted)
 
 
+def test_what_comes_out_may_be_written_into() -> None:
+    """As OLMo does, which clamps its queries where they stand."""
+    x, down, up = numbers(2, 3, 5), numbers(2, 5).requires_grad_(), numbers(6, 2).requires_grad_()
+    adapted_product(x, numbers(6, 5), None, (down, up, 1.0)).clamp_(-1.0, 1.0).sum().backward()
+    found, down.grad = down.grad, None
+    wanted = functional.linear(x, numbers(6, 5)) + x @ down.t() @ up.t()
+    wanted.clamp(-1.0, 1.0).sum().backward()
+    torch.testing.assert_close(found, down.grad)
+
+
 def test_what_needs_no_gradient_gets_none() -> None:
     """The first layer's input: its product with the weight would be for nothing."""
     x, down, up = numbers(3, 5), numbers(2, 5).requires_grad_(), numbers(6, 2).requires_grad_()

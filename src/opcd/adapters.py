@@ -115,7 +115,11 @@ def _is_gated(block: Any) -> bool:
     weight = block.gate_proj.base_layer.weight
     x = torch.linspace(-1.0, 1.0, weight.shape[1]).to(weight).unsqueeze(0)
     opened = nn.functional.silu(block.gate_proj(x)) * block.up_proj(x)
-    return torch.equal(block(x), block.down_proj(opened))
+    # As in training: some blocks drop a part of what comes out, which they do nowhere else.
+    was_training, block.training = block.training, True
+    found = block(x)
+    block.training = was_training
+    return torch.equal(found, block.down_proj(opened))
 
 
 def _is_plain(layer: Any) -> bool:
@@ -211,7 +215,7 @@ def merged_weights(model: Any, policy: str = "student") -> Iterator[tuple[str, T
     the policy `base` are its own, without the adapter.
     """
     deltas: dict[str, Any] = {
-        f"{name}.base_layer.weight": layer
+        _adapted_weight(name, layer): layer
         for name, layer in causal_model(model).named_modules()
         if isinstance(layer, LoraLayer) and policy == "student"
     }
@@ -221,7 +225,20 @@ def merged_weights(model: Any, policy: str = "student") -> Iterator[tuple[str, T
         layer = deltas.get(name)
         with put_together([weight, *(layer.parameters() if layer else ())]):
             merged = _merged(layer, weight.detach()) if layer else weight.detach()
-            yield name.replace(".base_layer.", "."), merged
+            yield _bare(name), merged
+
+
+def _adapted_weight(name: str, layer: Any) -> str:
+    """The name of the weight that a layer adapts: of several experts' weights, each has its own."""
+    inner = layer
+    while hasattr(inner, "base_layer"):
+        name, inner = f"{name}.base_layer", inner.base_layer
+    return f"{name}.{getattr(layer, 'parameter_name', 'weight')}"
+
+
+def _bare(name: str) -> str:
+    """A weight's name in the untouched base model."""
+    return ".".join(part for part in name.split(".") if part != "base_layer")
 
 
 def _merged(layer: Any, weight_OI: Tensor) -> Tensor:
@@ -243,7 +260,7 @@ def share_frozen(model: Any, plain: Any) -> None:
     adapted = {name.partition(".lora_")[0] for name in moving}
     own = dict(plain.named_parameters())
     for name, weight in causal_model(model).named_parameters():
-        bare = name.replace(".base_layer.", ".")
+        bare = _bare(name)
         if name in moving or bare.rpartition(".")[0] in adapted or own[bare].dtype != weight.dtype:
             continue
         if isinstance(weight, DTensor) or (partitioned(weight) and not weight.ds_persist):

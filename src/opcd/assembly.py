@@ -172,6 +172,7 @@ def _load_student(config: Run, device: torch.device, dtype: torch.dtype) -> Any:
     stored = dtype if config.model.tuning.type == "lora" else torch.float32
     model = weights.load_model(config.model.path, stored, config.model.revision)
     models.check_head(model)
+    models.check_rows(model)
     if config.model.gradient_checkpointing:
         # The name it has in later versions of transformers 5, which warn of the other.
         enable = getattr(model, "activation_checkpointing_enable", None)
@@ -214,6 +215,7 @@ def _build_teachers(
         own = config.model
         model = weights.load_model(path or own.path, dtype, None if path else own.revision)
         models.check_head(model)
+        models.check_rows(model)
         return model.to(accelerator.device).requires_grad_(False)
 
     def build(teacher: Any) -> LocalTeacher:

@@ -7,6 +7,7 @@ prompts, teachers' kinds or optimisers.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from peft.helpers import disable_input_dtype_casting
@@ -41,6 +42,15 @@ HEAD_ROWS = 64
 """Rows that a head's products are packed for; it is as fast for others."""
 PLAIN_ATTENTION_TOKENS = 512
 """Up to this length a CPU trains with plain attention, whose scores grow with its square."""
+
+DROPOUTS = ("attention_dropout", "attn_pdrop")
+"""What families call the share of attention that they drop in training."""
+ROPE_BY_LENGTH = ("dynamic", "longrope")
+"""Rotary positions whose angles depend on the longest row that is read: the angles of a prefix
+would be those of its own length, and those of a row another's."""
+DIFFERENCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+"""How far hidden states of the same tokens may lie apart, relative to their size; 0.1 in dtypes
+that round more."""
 
 
 class Distiller(nn.Module):
@@ -84,6 +94,8 @@ def hidden_states(model: Any, side: Side) -> Tensor:
     # Checkpointed layers run again in the backward pass, when the choice has been taken back.
     short = length <= PLAIN_ATTENTION_TOKENS
     plain = on_cpu and torch.is_grad_enabled() and short and not recomputed
+    # Families that look at the name themselves may compute something else by another one.
+    plain = plain and getattr(causal_model(model), "_supports_attention_backend", False)
     # Weights in shards are put together once a pass, by all processes alike, whatever they read.
     once = recomputed or why_no_prefix(model) or in_shards(model)
     shared = 0 if once else shared_opening(side)
@@ -108,7 +120,7 @@ def can_be_ragged(model: Any, ids_BS: Tensor) -> bool:
         ids_BS.device.type == "cpu"
         and ids_BS.shape[1] <= PLAIN_ATTENTION_TOKENS
         and not getattr(causal_model(model).get_decoder(), "gradient_checkpointing", False)
-        and not getattr(config, "attention_dropout", 0.0)
+        and not any(getattr(config, name, 0.0) for name in DROPOUTS)
         and not why_no_prefix(model)
     )
 
@@ -148,12 +160,15 @@ def ragged_attention(
     attention_mask: Tensor | None,
     scaling: float,
     layout: Layout,
-    **_: Any,
+    **named: Any,
 ) -> tuple[Tensor, None]:
     """Attention of rows that stand one after the other; `H` query heads share `h` key heads.
 
-    Registered with transformers as `opcd_ragged`; returns `[1, T, H, d]`.
+    Registered with transformers as `opcd_ragged`; returns `[1, T, H, d]`. A list
+    `seen` is given the layer's index, keys and values.
     """
+    if "seen" in named:
+        named["seen"].append((module.layer_idx, key_1hTd, value_1hTd))
     sides = (side[0].transpose(0, 1) for side in (query_1HTd * scaling, key_1hTd, value_1hTd))
     query_THd, key_Thd, value_Thd = sides
     out_THd = attend(query_THd, key_Thd, value_Thd, layout)[0]
@@ -184,7 +199,61 @@ def why_no_prefix(model: Any) -> str | None:
         return "its layers are not plain full attention"
     if not getattr(model, "_supports_attention_backend", False):
         return f"{type(model).__name__} does not let its attention be replaced"
-    return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ROPE_BY_LENGTH:
+        return f"its positions turn by the longest row's length (rope_type {rope['rope_type']})"
+    return _why_other_attention(model)
+
+
+_OTHER_ATTENTION: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def _why_other_attention(model: Any) -> str | None:
+    """Why a model's attention is not what stands in for it here; `None` if it is.
+
+    Known by what comes out. Looked at once, with whole weights: only their values move.
+    """
+    if model not in _OTHER_ATTENTION:
+        if in_shards(model) or next(model.parameters()).is_meta:
+            return None
+        was_training = model.training
+        model.eval()
+        try:
+            is_same = _attends_alike(model)
+        # It hands on less than its decoder is told, or heads of other shapes.
+        except (TypeError, RuntimeError):
+            is_same = False
+        finally:
+            model.train(was_training)
+        reason = f"{type(model).__name__} adds something of its own to attention"
+        _OTHER_ATTENTION[model] = None if is_same else reason
+    return _OTHER_ATTENTION[model]
+
+
+@torch.no_grad()
+def _attends_alike(model: Any) -> bool:
+    """Whether rows in one sequence have the states that each has alone, with what a cache keeps."""
+    decoder, rows = model.get_decoder(), [(1, 2, 3, 5), (1, 2, 4)]
+    layout, cache = lay_out(rows, model.device), DynamicCache(config=model.config)
+    seen: list[tuple[int, Tensor, Tensor]] = []
+    told = {"past_key_values": cache, "use_cache": True, "layout": layout, "seen": seen}
+    with attention(model, "opcd_ragged"):
+        read = decoder(input_ids=layout.ids_1T, position_ids=layout.positions(), **told)
+    kept: list[Any] = list(cache.layers)
+    if [index for index, _, _ in seen] != list(range(len(kept))):
+        return False
+    for layer, (_, key, value) in zip(kept, seen, strict=True):
+        sides = (layer.keys, key), (layer.values, value)
+        if key.shape != value.shape or not all(torch.equal(*side) for side in sides):
+            return False
+    limit = DIFFERENCE.get(compute_dtype(model), 0.1)
+    for row, ids in enumerate(rows):
+        ids_1S = torch.tensor([ids], device=model.device)
+        wanted_SD = decoder(input_ids=ids_1S, use_cache=False).last_hidden_state[0]
+        found_SD = read.last_hidden_state[0, layout.key_BK[row + layout.opening, : len(ids)]]
+        if not (found_SD - wanted_SD).norm() <= limit * wanted_SD.norm():
+            return False
+    return True
 
 
 def compute_dtype(model: Any) -> torch.dtype:
@@ -275,6 +344,29 @@ def check_head(model: Any) -> None:
             f"the logits of {type(causal_model(model)).__name__} are not its head applied to its "
             "hidden states, so its divergence cannot be computed in chunks; use another model"
         )
+
+
+@torch.no_grad()
+def check_rows(model: Any) -> None:
+    """Compare a row alone with the same row in a batch: before other tokens, and behind padding.
+
+    Raises:
+        ModelError: it is not read alike, so that answers would depend on what they stand beside.
+    """
+    decoder, device = causal_model(model).get_decoder(), next(model.parameters()).device
+    ids_1S = torch.tensor([[1, 2, 3, 4, 5]], device=device)
+    padded_1S = functional.pad(ids_1S[:, :3], (2, 0))
+    told = {"attention_mask": (padded_1S > 0).long(), "position_ids": (ids_1S - 3).clamp(min=0)}
+    alone_SD = decoder(input_ids=ids_1S[:, :3], use_cache=False).last_hidden_state[0]
+    before_SD = decoder(input_ids=ids_1S, use_cache=False).last_hidden_state[0, :3]
+    behind_SD = decoder(input_ids=padded_1S, use_cache=False, **told).last_hidden_state[0, 2:]
+    for place, found_SD in (("before other tokens", before_SD), ("behind padding", behind_SD)):
+        apart = (found_SD - alone_SD).norm() / alone_SD.norm()
+        if apart > 2 * DIFFERENCE.get(compute_dtype(model), 0.1):
+            raise ModelError(
+                f"{type(causal_model(model)).__name__} does not read a row {place} as it reads it "
+                f"alone ({apart:.0%} apart), so batches would change its answers; use another model"
+            )
 
 
 def check_same_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any) -> None:

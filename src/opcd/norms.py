@@ -7,6 +7,7 @@ passes there; here it is the input alone, which the residual stream keeps in any
 """
 
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -44,6 +45,9 @@ def _forward(layer: Any, epsilon: float, x: Tensor) -> Tensor:
 def _is_rms(layer: Any, epsilon: float) -> bool:
     """Whether a layer is such a norm, by its parts and by what it computes."""
     if [name for name, _ in layer.named_parameters()] != ["weight"] or list(layer.children()):
+        return False
+    # A norm for each head has more dimensions; one with a gate is given two things.
+    if layer.weight.dim() != 1 or len(signature(layer.forward).parameters) != 1:
         return False
     x = torch.linspace(-1.0, 2.0, 3 * len(layer.weight)).to(layer.weight).view(3, -1)
     return torch.equal(layer(x), norm(x, layer.weight, epsilon))

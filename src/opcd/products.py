@@ -74,7 +74,9 @@ def adapted_product(
         bias_O: the frozen bias.
         adapter: `A`, `B` and `s`.
     """
-    return _Adapted.apply(x, weight_OI, bias_O, *adapter)
+    # Reshaped out here: no caller may write into a view that a function of ours returned.
+    y_TO = _Adapted.apply(x.reshape(-1, x.shape[-1]), weight_OI, bias_O, *adapter)
+    return y_TO.view(*x.shape[:-1], -1)
 
 
 def gated_product(
@@ -93,7 +95,9 @@ def gated_product(
         bias_O: the frozen bias.
         adapter: `A`, `B` and `s`.
     """
-    return _Gated.apply(gate, value, weight_OI, bias_O, *adapter)
+    sides = (side.reshape(-1, side.shape[-1]) for side in (gate, value))
+    y_TO = _Gated.apply(*sides, weight_OI, bias_O, *adapter)
+    return y_TO.view(*gate.shape[:-1], -1)
 
 
 class _Frozen(torch.autograd.Function):
@@ -116,54 +120,53 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
+        x_TI: Tensor,
         weight_OI: Tensor,
         bias_O: Tensor | None,
         down_RI: Tensor,
         up_OR: Tensor,
         scale: float,
     ) -> Tensor:
-        x_TI = x.reshape(-1, x.shape[-1]).to(weight_OI.dtype)
+        ctx.scale, ctx.dtype = scale, x_TI.dtype
+        x_TI = x_TI.to(weight_OI.dtype)
         y_TO, inner_TR = _multiply(x_TI, weight_OI, bias_O, (down_RI, up_OR, scale))
         ctx.save_for_backward(x_TI, inner_TR, weight_OI, down_RI, up_OR)
-        ctx.scale, ctx.shape, ctx.dtype = scale, x.shape, x.dtype
-        return y_TO.view(*x.shape[:-1], -1)
+        return y_TO
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         x_TI, inner_TR, weight_OI, down_RI, up_OR = ctx.saved_tensors
         adapter = down_RI, up_OR, ctx.scale
-        grad_TO = gradients[0].reshape(-1, weight_OI.shape[0]).to(weight_OI.dtype)
+        grad_TO = gradients[0].to(weight_OI.dtype)
         back_TR, *of_adapter = _adapter_gradients(grad_TO, x_TI, inner_TR, adapter)
-        grad_x = None
+        grad_TI = None
         if ctx.needs_input_grad[0]:
-            grad_TI = _way_back(grad_TO, back_TR, weight_OI, down_RI)
-            grad_x = grad_TI.view(ctx.shape).to(ctx.dtype)
-        return grad_x, None, None, *of_adapter, None
+            grad_TI = _way_back(grad_TO, back_TR, weight_OI, down_RI).to(ctx.dtype)
+        return grad_TI, None, None, *of_adapter, None
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, value: Tensor, *layer: Any) -> Tensor:
+    def forward(ctx: Any, gate_TI: Tensor, value_TI: Tensor, *layer: Any) -> Tensor:
         weight_OI, bias_O, down_RI, up_OR, scale = layer
-        x_TI = functional.silu(gate).mul_(value).reshape(-1, gate.shape[-1])
+        x_TI = functional.silu(gate_TI).mul_(value_TI)
         y_TO, inner_TR = _multiply(x_TI, weight_OI, bias_O, (down_RI, up_OR, scale))
-        ctx.save_for_backward(gate, value, inner_TR, weight_OI, down_RI, up_OR)
+        ctx.save_for_backward(gate_TI, value_TI, inner_TR, weight_OI, down_RI, up_OR)
         ctx.scale = scale
-        return y_TO.view(*gate.shape[:-1], -1)
+        return y_TO
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        gate, value, inner_TR, weight_OI, down_RI, up_OR = ctx.saved_tensors
-        opened = functional.silu(gate)
-        x_TI = (opened * value).reshape(-1, gate.shape[-1])
+        gate_TI, value_TI, inner_TR, weight_OI, down_RI, up_OR = ctx.saved_tensors
+        opened_TI = functional.silu(gate_TI)
         adapter = down_RI, up_OR, ctx.scale
-        grad_TO = gradients[0].reshape(-1, weight_OI.shape[0]).to(weight_OI.dtype)
-        back_TR, *of_adapter = _adapter_gradients(grad_TO, x_TI, inner_TR, adapter)
-        grad_x = _way_back(grad_TO, back_TR, weight_OI, down_RI).view_as(gate)
-        grad_value = opened.mul_(grad_x)
-        grad_gate = torch.ops.aten.silu_backward(grad_x.mul_(value), gate)
-        return grad_gate, grad_value, None, None, *of_adapter, None
+        grad_TO = gradients[0].to(weight_OI.dtype)
+        told = grad_TO, opened_TI * value_TI, inner_TR, adapter
+        back_TR, *of_adapter = _adapter_gradients(*told)
+        grad_TI = _way_back(grad_TO, back_TR, weight_OI, down_RI)
+        grad_value_TI = opened_TI.mul_(grad_TI)
+        grad_gate_TI = torch.ops.aten.silu_backward(grad_TI.mul_(value_TI), gate_TI)
+        return grad_gate_TI, grad_value_TI, None, None, *of_adapter, None
 
 
 def _multiply(

@@ -161,7 +161,8 @@ class LocalTeacher:
         most_whole = max(1, WHOLE_TOKENS // side.ids_BS.shape[1])
         parts, places = [], []
         with self._ready():
-            most = (len(prompts), self.prefixes.most_tokens, most_whole)
+            most_tokens = self.prefixes.most_tokens if any(cuts) else 0
+            most = (len(prompts), most_tokens, most_whole)
             for part in in_passes([openings[row] for row in order], *most):
                 rows = [order[place] for place in part]
                 own, place_T = side.part(rows, [cuts[row] for row in rows])

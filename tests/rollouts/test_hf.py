@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GraniteConfig, MistralConfig
+from transformers import Gemma4TextConfig, GraniteConfig, MistralConfig, Qwen3NextConfig
 
 from allocated import peak_bytes
 from opcd.adapters import tune
@@ -226,6 +226,39 @@ def test_rows_of_a_batch_make_no_copy_of_a_long_context() -> None:
     answers(engine, prompts, Sampling())
     peak = peak_bytes(lambda: answers(engine, prompts, Sampling()))
     assert peak < 8192 * token_bytes(model) / 2
+
+
+HYBRID: Any = {
+    **SHAPE,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "num_experts": 0,
+}
+HEADS: Any = {
+    **SHAPE,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 64,
+    "global_head_dim": 16,
+    "hidden_size_per_layer_input": 0,
+}
+MIXED = {
+    "linear attention": Qwen3NextConfig(**HYBRID),
+    "heads of two widths": Gemma4TextConfig(**HEADS),
+}
+
+
+@pytest.mark.parametrize("name", list(MIXED))
+def test_layers_may_keep_different_things(name: str) -> None:
+    """Rows leave them all, whatever a layer remembers of its rows."""
+    ends = frozenset(range(0, 300, 6))
+    model = build(MIXED[name], seed=3)
+    found = answers(engine_of(model, ends=ends), PROMPTS, WARM)
+    assert len({len(answer) for answer in found}) > 2, "rows leave at different steps"
+    alone = engine_of(model, 1, ends)
+    assert found == [answers(alone, [prompt], WARM)[0] for prompt in PROMPTS]
 
 
 def test_a_sliding_window_is_respected_behind_a_shared_prefix() -> None:

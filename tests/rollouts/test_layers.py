@@ -10,9 +10,11 @@ from transformers import (
     GemmaConfig,
     GraniteConfig,
     LlamaConfig,
+    Ministral3Config,
     MistralConfig,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from opcd.prefix_cache import SharedPrefix, read_prefix
@@ -133,6 +135,24 @@ OTHERS = {
 def test_models_that_compute_otherwise_are_left_alone(config: Any) -> None:
     """All of them have the same parts; what comes out tells them apart."""
     assert find_layers(build(config, 3)) is None
+
+
+FAR: Any = {**YARN, "original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.1}
+HARDLY: Any = {**SHAPE, "initializer_range": 0.005}
+UNSEEN = {
+    "queries that are scaled from some position on": Ministral3Config(
+        **SHAPE, sliding_window=None, rope_parameters=FAR
+    ),
+    "no positions, in a model that hardly attends": SmolLM3Config(
+        **HARDLY, no_rope_layer_interval=2
+    ),
+}
+
+
+@pytest.mark.parametrize("config", UNSEEN.values(), ids=UNSEEN.keys())
+def test_what_a_few_tokens_do_not_show_is_left_alone(config: Any) -> None:
+    """Same parts, same hidden states where it is looked, and others elsewhere."""
+    assert find_layers(build(config, 3).to(torch.bfloat16)) is None
 
 
 def test_other_dtypes_are_left_alone() -> None:

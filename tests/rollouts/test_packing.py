@@ -44,6 +44,24 @@ def test_weights_of_others_stay_plain() -> None:
     torch.testing.assert_close(logits(model), logits(source), rtol=1e-4, atol=1e-4)
 
 
+class Router(nn.Module):
+    """Looks at its layer's weight, as some mixtures of experts do."""
+
+    def __init__(self) -> None:
+        """Two layers, one of which is only called."""
+        super().__init__()
+        self.gate, self.out = nn.Linear(8, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """In the precision that the weight has."""
+        return self.out(self.gate(x.to(self.gate.weight.dtype)))
+
+
+def test_a_weight_that_is_looked_at_stays_where_it_is() -> None:
+    router = Router().requires_grad_(False)
+    assert pack_linears(router, set()).keys() == {"out.weight"}
+
+
 @torch.no_grad()
 def test_neighbours_are_multiplied_at_once_only_with_the_same_input() -> None:
     """Another input, or the same tensor written to since, has its own products."""

@@ -174,8 +174,8 @@ class HFEngine:
         openings = [ids[:cut] for ids, cut in zip(full, cuts, strict=True)]
         order = sorted(range(len(full)), key=lambda i: (openings[i], len(full[i]) - cuts[i]))
         ordered, uses = [openings[index] for index in order], Counter(openings)
-        most_rows = self._batch_rows
-        for part in in_passes(ordered, most_rows, store.most_tokens, most_rows):
+        most_rows, most_tokens = self._batch_rows, store.most_tokens if any(cuts) else 0
+        for part in in_passes(ordered, most_rows, most_tokens, most_rows):
             read = {
                 ids: store.get(ids, keep=uses[ids] > 1)
                 for ids in dict.fromkeys(ordered[place] for place in part)
@@ -242,8 +242,9 @@ class CachedRows:
 
     def keep(self, kept: Sequence[int]) -> None:
         """Go on with some of the rows."""
-        kept_B = torch.tensor(kept, device=self._device)
-        self._cache.batch_select_indices(kept_B)
+        kept_B: Any = torch.tensor(kept, device=self._device)
+        # Beam search's way, since the other forgets the states of linear attention.
+        self._cache.reorder_cache(kept_B)
         self._mask_BS = self._mask_BS[kept_B]
         self._prefixes = [self._prefixes[row] for row in kept] if self._prefixes else []
 

@@ -21,6 +21,9 @@ from opcd.prefix_cache import SharedPrefix, cascade_attention, find_blocks
 from opcd.ragged import FILL_STEP, find_distinct
 from opcd.rollouts.packing import multiply
 
+KNOWN = {f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
+"""Kinds of layers. Others of the same parts may differ where a few tokens do not show it: far from
+the beginning, or in a model that has hardly learned anything."""
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 HEAD_NORMS = ("q_norm", "k_norm")
@@ -210,7 +213,7 @@ class LayerRows:
 def find_layers(model: Any) -> Layers | None:
     """A model's layers, if they are those that are known here; `None` for any other model.
 
-    Known by their parts and by what comes out with the weights of now.
+    Known by their kind, their parts, and by what comes out with the weights of now.
     """
     plain = causal_model(model)
     weight = next(plain.parameters())
@@ -232,7 +235,7 @@ def _parts(module: Any) -> set[str]:
 
 def _is_known(layer: Any, angles: int) -> bool:
     """Whether a layer has the parts that `Layer` calls, and its heads turn by so many angles."""
-    if _parts(layer) != LAYER or _parts(layer.mlp) != BLOCK:
+    if type(layer).__name__ not in KNOWN or _parts(layer) != LAYER or _parts(layer.mlp) != BLOCK:
         return False
     module, norms = layer.self_attn, [layer.input_layernorm, layer.post_attention_layernorm]
     of_heads = [getattr(module, name) for name in HEAD_NORMS if hasattr(module, name)]
