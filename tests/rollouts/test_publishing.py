@@ -100,9 +100,10 @@ def test_weights_have_their_name_once_they_are_all_there(tmp_path: Path) -> None
 
     student.save_pretrained = watched
     put = Shelf(tmp_path).put(student)
-    assert seen == [f".{put.name}"] and {"adapter_config.json", "adapter_model.safetensors"} <= {
-        file.name for file in put.iterdir()
-    }
+    assert seen == [f".{put.name}"]
+    modes = {file.name: file.stat().st_mode & 0o777 for file in put.iterdir()}
+    assert modes.keys() >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert set(modes.values()) == {0o644}, "a server may be another user's"
 
 
 @pytest.mark.parametrize(
