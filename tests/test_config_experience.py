@@ -101,6 +101,12 @@ def test_a_local_extractor_beside_the_file_is_found(tmp_path: Path) -> None:
             GRADER + PROBLEMS + 'extractor = { type = "endpoint", url = "host:80", model = "m" }\n',
             "url must begin with http",
         ),
+        (
+            GRADER
+            + PROBLEMS
+            + 'extractor = { type = "endpoint", url = "http://h:x", model = "m" }',
+            "url must begin with http",
+        ),
     ],
 )
 def test_keys_that_do_not_fit_say_the_way_out(tmp_path: Path, tables: str, message: str) -> None:

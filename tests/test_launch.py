@@ -5,6 +5,7 @@ One pair of gloo processes does all runs of a plan; the same runs are done here 
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -23,7 +24,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from safetensors.torch import load_file
 
 from opcd import checkpoint
-from opcd.config import Run, dump_config
+from opcd.config import Run, dump_config, load_config
 from opcd.errors import ConfigError
 from opcd.launch import (
     check_dtypes,
@@ -40,7 +41,8 @@ from opcd.training import train
 from tiny import make_run
 from worlds import tiny_llama, tokenizer
 
-CONFIGS = sorted((Path(__file__).parents[1] / "recipes" / "accelerate").glob("*.yaml"))
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 
 LORA = ('model.tuning={type="lora", rank=4}', "optimizer.lr=0.003")
 FULL = ('model.tuning={type="full"}', 'teacher={type="frozen"}', "optimizer.lr=0.001")
@@ -55,7 +57,8 @@ RUNS: dict[str, tuple[str, ...]] = {
     "fsdp_full": (*FULL, *UNEVEN, "model.gradient_checkpointing=true"),
     "fsdp_ema": (*LORA, 'teacher={type="ema", decay=0.8}', "batch.prompts_per_step=5"),
     "fsdp_bf16": (*FULL, *BFLOAT16),
-    "ddp_stopped": LORA,
+    "ddp_bf16": (*LORA, *BFLOAT16),
+    "ddp_stopped": (*LORA, "model.gradient_checkpointing=true"),
     "fsdp_resumed": (*FULL, *UNEVEN),
     "ddp_killed": (*LORA, "launch.timeout_s=60"),
 }
@@ -212,12 +215,12 @@ def load_best(folder: RunFolder) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
-def test_bfloat16_in_shards_stays_near_one_process(ends: Ends) -> None:
+@pytest.mark.parametrize("name", ["ddp_bf16", "fsdp_bf16"])
+def test_bfloat16_in_two_stays_near_one_process(ends: Ends, name: str) -> None:
     """Shards are put together in bfloat16, where one process rounds at each product."""
-    assert_same_first_step(*(rows_of(ends.folder_of("fsdp_bf16", n))[0] for n in (2, 1)))
-    saved = load_file(
-        checkpoint.latest(ends.folder_of("fsdp_bf16", 2).checkpoints) / "model.safetensors"
-    )
+    assert ends.of(name) == [{"steps": 2, "interrupted_by": None}] * 2, ends.said
+    assert_same_first_step(*(rows_of(ends.folder_of(name, n))[0] for n in (2, 1)))
+    saved = load_file(checkpoint.latest(ends.folder_of(name, 2).checkpoints) / "model.safetensors")
     assert {weight.dtype for weight in saved.values()} == {torch.float32}
 
 
@@ -380,7 +383,7 @@ def test_the_configs_that_are_shipped_are_understood(
 ) -> None:
     """By accelerate's launcher, which hands them over as it does here, and then by us."""
     command = ["--config_file", str(path), "--module", "opcd", "train", "run.toml"]
-    told, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
+    told = launcher_takes(command)
     assert (told.num_processes, told.module, told.mixed_precision) == (8, True, "no")
     by_zero = path.stem == "zero3"
     assert told.use_deepspeed == by_zero
@@ -397,6 +400,37 @@ def test_the_configs_that_are_shipped_are_understood(
             read_zero()
     else:
         assert read_zero() == by_zero
+
+
+def launcher_takes(command: Sequence[str]) -> Any:
+    """What accelerate's launcher makes of a command line and the config that it names."""
+    return _validate_launch_command(launch_command_parser().parse_args(command))[0]
+
+
+def written_commands() -> list[str]:
+    """The commands of docs/scale.md that `accelerate launch` begins."""
+    text = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    places = {"RANK": "1", "ADDRESS": "10.0.0.1", "...": ""}
+    for place, value in places.items():
+        text = text.replace(place, value)
+    return [line for line in text.splitlines() if line.startswith("    accelerate launch ")]
+
+
+@pytest.mark.parametrize("command", written_commands())
+def test_the_commands_of_the_guide_can_be_launched(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accelerate takes their flags, and the recipe of the guide's own table their overrides."""
+    monkeypatch.chdir(ROOT)
+    told = launcher_takes(shlex.split(command)[2:])
+    prepare_multi_gpu_env(told)
+    several = told.num_machines > 1
+    assert (told.nproc_per_node, told.module) == ("8", True)
+    assert not several or (told.nnodes, told.node_rank) == ("2", 1)
+    program, verb, run, *overrides = told.training_script, *told.training_script_args
+    assert (program, verb, run) == ("opcd", "train", "run.toml")
+    config = load_config(ROOT / "recipes" / "support_desk" / run, overrides)
+    assert (config.model.tuning.type == "full") == ("full" in command)
 
 
 def test_a_moving_teacher_of_all_weights_is_refused_in_shards(tmp_path: Path) -> None:

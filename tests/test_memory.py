@@ -26,7 +26,7 @@ from opcd.memory import (
     shape_of,
 )
 from tiny import make_run
-from worlds import tiny_llama
+from worlds import tiny_llama, write_jsonl
 
 LLAMA = "meta-llama/Llama-3.1-8B-Instruct"
 RECIPE = Path(__file__).parents[1] / "recipes" / "support_desk" / "run.toml"
@@ -148,6 +148,43 @@ def test_lengths_are_those_of_the_longest_prompt_and_its_context(tmp_path: Path)
     assert "a context of 101," in facts[-1]
     assert any("while loading" in line for line in facts)
     assert "each of 2 processes" in facts[0] and "32 bits" in facts[0]
+
+
+def test_a_context_counts_where_the_rows_are_far_away(tmp_path: Path) -> None:
+    """Rows of a hub are read when the run starts; the file of their context is here."""
+    tiny_llama().save_pretrained(tmp_path)
+    far = 'tasks={train={type="hf", path="far/away"}}'
+    facts = memory_facts(make_run(tmp_path, tmp_path, far, system="Be brief. " * 40))
+    assert "prompts of 250 tokens, a context of 101," in facts[-1]
+
+
+def test_every_context_that_prompts_share_counts(tmp_path: Path) -> None:
+    """Ten experiences are ten caches; a row's own text that no other row has is none."""
+    tiny_llama().save_pretrained(tmp_path)
+    files = [tmp_path / f"{number}.md" for number in range(10)]
+    for file in files:
+        file.write_text(f"{file.stem}: be brief. " * 40, encoding="utf-8")
+    table = {"path": list(map(str, files)), "placement": "system", "template": "{experience}"}
+    told = ", ".join(f"{key}={value!r}" for key, value in {"type": "experience", **table}.items())
+    pool = make_run(tmp_path, tmp_path, f"context={{{told}}}")
+    assert "10 contexts of 1310 together" in memory_facts(pool)[-1]
+    rows = [{"prompt": f"{i}?", "context": f"{'ab!'[min(i // 2, 2)]} {'c' * 78}"} for i in range(5)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    column = ("context={type='column'}", f"tasks={{train='{tmp_path}/rows.jsonl'}}")
+    assert "2 contexts of 44 together" in memory_facts(make_run(tmp_path, tmp_path, *column))[-1]
+
+
+def test_contexts_take_no_more_than_their_budget() -> None:
+    at = Layout(context_tokens=10**6)
+    found = [sizes(held(run_of(f"batch.prefix_gib={n}"), at)) for n in (2, 1000)]
+    taken = [one["contexts, each read once"] for one in found]
+    assert taken == [2 * 2**30, 10**6 * SHAPES[LLAMA].kv_elements * 2]
+
+
+def test_a_mixture_of_experts_is_refused_rather_than_counted_as_one(tmp_path: Path) -> None:
+    config = tiny_llama().config.to_dict() | {"num_experts": 8}
+    with pytest.raises(ConfigError, match="mixture of experts"):
+        read_shape(config, str(tmp_path))
 
 
 def test_lines_add_up() -> None:

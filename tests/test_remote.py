@@ -1,5 +1,6 @@
 """`opcd.remote`: what a server tells of a teacher is what the teacher would say itself."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,26 @@ def test_nonsense_is_no_score(entries: Any, message: str) -> None:
     reply = {"choices": [{"prompt_logprobs": [None, entries]}]}
     with pytest.raises((ValueError, LookupError), match=message):
         read_prompt_logprobs(reply, row, 2, VOCABULARY)
+
+
+@pytest.mark.parametrize("entries", [None, [], "x", {"5": None}, {"5": {}}, {"five": -1.0}])
+@pytest.mark.parametrize("scored", ["", "x", "UEsDBA==", "k05VTVBZ", None, 7])
+def test_scores_of_another_shape_are_trouble_that_may_pass(
+    fake: FakeVllm, entries: Any, scored: Any
+) -> None:
+    """They are asked for again; reading them raises nothing that would end the run at once."""
+    teacher, row = teacher_on(fake, "teacher_top_k"), rows_of(BATCH)[0]
+    told = {"choices": [{"prompt_logprobs": [None, *[entries] * (len(row.ids) - 1)]}]}
+    fake.faults["/v1/completions"] = [lambda _: (200, json.dumps(told).encode())]
+    fake.faults["/inference/v1/generate"] = [
+        lambda _: (200, json.dumps({"prompt_token_id_logprobs": scored}).encode())
+    ]
+    fake.scores_ids = True
+    listed = teacher.ask_list(teacher.servers[0], row, 8)
+    asked = teacher.ask_ids(teacher.servers[0], row, listed.ids)
+    assert asked.sampled == pytest.approx(listed.sampled, abs=1e-5)
+    troubles = teacher.servers[0].take_troubles()
+    assert len(troubles) == 2 and all("nonsense" in trouble for trouble in troubles)
 
 
 def test_a_server_that_stops_scoring_ends_the_run(fake: FakeVllm) -> None:

@@ -38,6 +38,15 @@ def test_what_may_pass_is_asked_again_and_counted(fake: FakeVllm) -> None:
     assert server.take_troubles() == []
 
 
+@pytest.mark.parametrize("reply", ["null", "[1]", '{"data": "x"}', '{"data": [null]}', "[" * 10**5])
+def test_an_answer_of_another_shape_is_nonsense(fake: FakeVllm, reply: str) -> None:
+    """Whatever reading it stumbles over: the run ends with a checkpoint, not with a traceback."""
+    fake.faults["/v1/models"] = [lambda _: (200, reply.encode())]
+    server = impatient(fake.url)
+    assert find_model(server, None).model == "base"
+    assert "nonsense in answer to /v1/models" in server.take_troubles()[0]
+
+
 @pytest.mark.parametrize("fault", [failing(500), garbage])
 def test_no_trouble_is_waited_out_for_ever(fake: FakeVllm, fault) -> None:
     fake.faults["/v1/models"] = [fault] * 9
@@ -63,8 +72,17 @@ def test_a_slow_server_is_given_up_in_time(fake: FakeVllm) -> None:
 
 
 def test_a_server_that_is_gone_is_an_error_of_the_run() -> None:
-    with pytest.raises(ServerError, match="no connection"):
+    with pytest.raises(ServerError, match=r"no connection.*that rollout\.servers has its address"):
         impatient("http://127.0.0.1:9", retries=1).ask("/v1/models")
+
+
+def test_an_address_that_has_answered_is_not_doubted(fake: FakeVllm) -> None:
+    server = impatient(fake.url, retries=0)
+    server.ask("/v1/models")
+    fake.faults["/v1/models"] = [failing(500)]
+    with pytest.raises(ServerError) as caught:
+        server.ask("/v1/models")
+    assert "rollout.servers" not in str(caught.value)
 
 
 def test_a_refusal_is_not_asked_again(fake: FakeVllm) -> None:

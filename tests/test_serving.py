@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from opcd import checkpoint
 from opcd.assembly import assemble
 from opcd.config import Run, dump_config, load_config
 from opcd.errors import ConfigError, ModelError, RolloutError, ServerError
+from opcd.items import render_splits
 from opcd.programs import open_baked
+from opcd.rendering import Renderer
 from opcd.responses import ask, respond
 from opcd.runs import RunFolder, read_jsonl
 from opcd.serving import longest_prompt, longest_tokens
@@ -165,6 +167,22 @@ def test_a_server_that_does_not_fit_is_refused_before_anything_is_written(
         train(run)
     assert caught.value.exit_code == 2
     assert not run.out.exists()
+
+
+@pytest.mark.parametrize("short", [0, 1])
+def test_a_teachers_server_has_room_for_prompt_and_response(
+    tmp_path: Path, tiny_model_path: Path, fake: FakeVllm, short: int
+) -> None:
+    """It reads the response as a part of its prompt, and writes one token that nobody wants."""
+    teacher = f"teacher={{type='remote', servers=['{fake.url}'], retries=0}}"
+    support = "loss.support={type='top_k', of='teacher', k=8}"
+    run = make_run(tmp_path, tiny_model_path, support, teacher, "steps=1")
+    items, _ = render_splits(run, Renderer(tokenizer(), run.rendering, 400))
+    fake.max_model_len = len(longest_prompt(items)) + run.rollout.max_new_tokens + 1 - short
+    refused = pytest.raises(ConfigError, match="--max-model-len") if short else nullcontext()
+    with refused:
+        train(run)
+    assert run.out.exists() == (not short)
 
 
 def test_a_finished_run_is_asked_and_resumed_without_its_old_servers(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from opcd.adapters import in_shards, merged_weights, share_frozen, trainable
@@ -121,6 +122,9 @@ def test_a_frozen_model_in_shards_answers_alike(sharding: Sharding) -> None:
     plain, cut = tiny_llama().requires_grad_(False), tiny_llama().requires_grad_(False)
     sharding.shard_frozen(cut)
     assert in_shards(cut) and not in_shards(plain)
+    pieces = {name for name, p in cut.named_parameters() if isinstance(p, DTensor)}
+    assert pieces == {name for name, _ in cut.named_parameters() if ".layers." in name}
+    assert all(isinstance(layer, FSDPModule) for layer in cut.model.layers), "one at a time"
     with torch.no_grad():
         ours, wanted = (hidden_states(model, batch.teacher) for model in (cut, plain))
         torch.testing.assert_close(output_head(cut)(ours), output_head(plain)(wanted))

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opcd import checkpoint
+from opcd import checkpoint, training
 from opcd.assembly import assemble
 from opcd.config import Run, load_config
 from opcd.config.files import derive
@@ -18,7 +19,7 @@ from opcd.config.training import Checkpoint, Loss, TopK, Tracking
 from opcd.errors import CheckpointError, ConfigError, RunFolderError
 from opcd.runs import RunFolder, append_jsonl, open_run, read_best, read_jsonl
 from opcd.training import Outcome, is_better, train
-from tiny import at_step, make_game_run, make_run, terminate
+from tiny import at_step, full_disk, make_game_run, make_run, terminate
 
 STEPS = 6
 MOVING = (
@@ -239,6 +240,28 @@ def test_best_may_be_an_earlier_step(tiny_model_path: Path, tmp_path: Path) -> N
     first = load_file(outcome.folder.checkpoints / "step-1" / "model.safetensors")
     assert set(best) == {name.replace(".default", "") for name in first}
     assert all(torch.equal(t, best[name.replace(".default", "")]) for name, t in first.items())
+
+
+def test_a_full_disk_costs_no_best_weights(
+    tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the validation before stay, and the run says how it goes on."""
+    real = training.save_weights
+    written: list[Path] = []
+
+    def second_on_a_full_disk(model: Any, folder: Path, weights: Any = None) -> None:
+        written.append(folder)
+        with full_disk() if len(written) == 2 else nullcontext():
+            real(model, folder, weights)
+
+    monkeypatch.setattr(training, "save_weights", second_on_a_full_disk)
+    monkeypatch.setattr(training, "is_better", lambda *_: True)
+    run = make_run(tmp_path, tiny_model_path)
+    with pytest.raises(CheckpointError, match=r"best/ could not be written.*--resume"):
+        train(run)
+    folder = RunFolder(run.out / run.name)
+    assert read_best(folder)["step"] == 2
+    assert not folder.best.with_name(".best").exists()
 
 
 def test_without_validation_the_last_step_is_kept_and_said_to_be_no_choice(

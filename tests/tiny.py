@@ -2,8 +2,10 @@
 
 import json
 import os
+import resource
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +168,19 @@ def whole_run(folder: Path, model_path: Path) -> Path:
     cost_run(path, Prices(1.0, 2.0, 0.25, 3.0), [1], Alternatives(True, 1))
     write_json(path / "harness.json", HARNESS)
     return path
+
+
+@contextmanager
+def full_disk(most_bytes: int = 4000) -> Iterator[None]:
+    """Within it no file of this process gets longer, as on a disk that is full."""
+    kept = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, kept[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, kept)
+        signal.signal(signal.SIGXFSZ, ignored)
 
 
 def nudge(model: Any, seed: int = 0, size: float = 0.05) -> None:

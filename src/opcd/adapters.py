@@ -17,6 +17,7 @@ from peft import (
 )
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -282,8 +283,14 @@ def save_weights(model: Any, folder: Path, weights: Mapping[str, Tensor] | None 
         model: the model.
         folder: is made.
         weights: what was trained, if the model does not hold it as a whole.
+
+    Raises:
+        OSError: it could not be written, as on a full disk; part of it may be there.
     """
-    model.save_pretrained(folder, state_dict=weights)
+    try:
+        model.save_pretrained(folder, state_dict=weights)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def load_weights(model: Any, folder: Path) -> None:

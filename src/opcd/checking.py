@@ -1,21 +1,22 @@
 """Is this a run that can be started? Answered without torch, in a fraction of a second."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from opcd.anchors import load_anchors
 from opcd.config import Run, check_files, load_config
 from opcd.config.games import GameConfig
-from opcd.config.inputs import ContextConfig, HubDataset, Lessons, Public, Source
+from opcd.config.inputs import Coach, Column, ContextConfig, HubDataset, Lessons, Public, Source
 from opcd.config.servers import check_waits
-from opcd.contexts import load_context
+from opcd.contexts import load_context, pool_of
 from opcd.envs.games import openings_of
 from opcd.errors import ConfigError
 from opcd.graders import Grader, build_grader
 from opcd.memory import Layout, memory_lines
 from opcd.public_sets import find_set
 from opcd.tasks import load_splits
-from opcd.types import Task
+from opcd.types import Context, Message, Task
 
 GAME_METRICS = ("correct", "kl_nats_per_token")
 """What weights can be chosen by, where games are played: the share that is solved, or the KL."""
@@ -23,6 +24,8 @@ GAME_METRICS = ("correct", "kl_nats_per_token")
 CHARACTERS_A_TOKEN = 4
 USUAL_TOKENS = {"tasks": 250, "game": 600}
 """Of a prompt that cannot be looked at: a question, or the history of a game."""
+NOBODYS = Task("", (Message("user", ""),))
+"""A row to ask for a context that is the same for all."""
 
 
 def check_run(path: Path, overrides: Sequence[str] = ()) -> tuple[Run, list[str]]:
@@ -78,19 +81,20 @@ def check_launch(run: Run, processes: int) -> None:
 def memory_facts(run: Run, processes: int = 1, sharded: bool = False) -> list[str]:
     """What each process of a run will hold in memory, part by part; no model is loaded.
 
-    Lengths are those of the longest prompt and of its context, at four characters a token; of
-    prompts that are not in a file here, a usual one is taken.
+    Lengths are those of the longest prompt and of every context that prompts share, at four
+    characters a token; of prompts that are not in a file here, a usual one is taken.
 
     Raises:
         ConfigError: the model's shape is not known without loading it.
     """
-    prompt, context = _longest(run)
+    tasks = _train_tasks(run)
+    prompt, contexts = _longest_prompt(run, tasks), _context_tokens(run, tasks)
     at = Layout(
         processes,
         sharded,
         element=4 if run.model.dtype == "float32" else 2,
         prompt_tokens=prompt,
-        context_tokens=context,
+        context_tokens=sum(contexts),
     )
     facts = memory_lines(run, at)
     if run.model.dtype == "auto":
@@ -98,23 +102,45 @@ def memory_facts(run: Run, processes: int = 1, sharded: bool = False) -> list[st
             'model.dtype = "auto" is taken for bfloat16, which a GPU computes in; a processor that '
             "cannot takes float32 instead: model.dtype=float32 shows that, bfloat16 fixes this"
         )
+    several = f"{len(contexts)} contexts" if len(contexts) > 1 else "a context"
+    together = " together" if len(contexts) > 1 else ""
     facts.append(
-        f"taken for it: prompts of {prompt} tokens, a context of {context}, responses of "
-        f"{run.rollout.max_new_tokens}"
+        f"taken for it: prompts of {prompt} tokens, {several} of {sum(contexts)}{together}, "
+        f"responses of {run.rollout.max_new_tokens}"
     )
     return facts
 
 
-def _longest(run: Run) -> tuple[int, int]:
-    """Tokens of the longest prompt, roughly, and of the context that goes with it."""
+def _longest_prompt(run: Run, tasks: Sequence[Task]) -> int:
+    """Tokens of the longest prompt, roughly; of tasks that are not here, a usual one's."""
+    if not tasks:
+        return USUAL_TOKENS["game" if run.game else "tasks"]
+    return max(map(_characters, tasks)) // CHARACTERS_A_TOKEN
+
+
+def _context_tokens(run: Run, tasks: Sequence[Task]) -> list[int]:
+    """Tokens of each context that is read once for all prompts behind it, roughly."""
+    if isinstance(run.context, Column):
+        found = Counter(load_context(run.context, task) for task in tasks)
+        shared = [context for context, rows in found.items() if rows > 1]
+    elif isinstance(run.context, Coach):
+        shared = []  # written for each response
+    else:
+        shared = pool_of(run.context) or [load_context(run.context, NOBODYS)]
+    return [_shown(context) // CHARACTERS_A_TOKEN for context in shared if not context.is_empty]
+
+
+def _shown(context: Context) -> int:
+    """Characters of a context."""
+    examples = sum(len(message.content) for message in context.examples)
+    return len(context.system) + len(context.user_template) + examples
+
+
+def _train_tasks(run: Run) -> Sequence[Task]:
+    """Those that can be looked at here."""
     if run.game or run.tasks is None or any([_is_far(source) for source in run.tasks.train]):
-        return USUAL_TOKENS["game" if run.game else "tasks"], 0
-    tasks = load_splits(run.tasks, run.seed, [])["train"]
-    task = max(tasks, key=_characters)
-    given = load_context(run.context, task)
-    shown = len(given.system) + len(given.user_template)
-    shown += sum(len(message.content) for message in given.examples)
-    return _characters(task) // CHARACTERS_A_TOKEN, shown // CHARACTERS_A_TOKEN
+        return ()
+    return load_splits(run.tasks, run.seed, [])["train"]
 
 
 def _characters(task: Task) -> int:

@@ -9,7 +9,7 @@ from opcd.config.extractors import Endpoint
 from opcd.config.servers import pause_s
 from opcd.errors import ExtractorError
 from opcd.extraction import Request, Written
-from opcd.servers import PASSING, Refusal, Unreached, fetch, find_key, spread, without_key
+from opcd.servers import NONSENSE, PASSING, Refusal, Unreached, fetch, find_key, spread, without_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class EndpointExtractor:
             text = choice["message"]["content"]
             if text is not None and not isinstance(text, str):
                 raise TypeError("content is no text")
-        except (ValueError, LookupError, TypeError) as error:
+        except NONSENSE as error:
             shown = without_key(reply[:200].decode("utf-8", "replace"), self.key)
             raise ExtractorError(
                 f"{self.url}: no answer of the chat protocol ({type(error).__name__}): {shown!r}; "

@@ -71,6 +71,8 @@ SHAPES = {
     "Qwen/Qwen3-1.7B": Shape(28, 2048, 6144, 16, 8, 151936, tied=True),
 }
 """Models whose shapes need no file."""
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""How a model's configuration says that its layers have several gated MLPs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,7 @@ class Layout:
     """Bytes of a number that is not trained: 2 in bfloat16, 4 in float32."""
     prompt_tokens: int = 250
     context_tokens: int = 0
+    """Of all contexts together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +123,11 @@ def read_shape(found: Mapping[str, Any], path: str) -> Shape:
         ConfigError: it lacks a number; this is no model of plain attention and a gated MLP.
     """
     found = found.get("text_config") or found
+    if any((found.get(name) or 0) > 1 for name in EXPERTS):
+        raise ConfigError(
+            f"{path} is a mixture of experts, of which the memory cannot be told: its size depends "
+            "on more than is counted here; leave --memory out"
+        )
     try:
         heads = found["num_attention_heads"]
         return Shape(
@@ -189,7 +197,8 @@ def held(run: Run, at: Layout) -> list[Part]:
     if at.element < 4:
         parts.append(Part("heads in float32", sum(4.0 * one.embedding for one in heads)))
     prefix = at.context_tokens * shape_of(other or run.model.path).kv_elements * at.element
-    return [*parts, Part("context, read once", prefix)]
+    kept = min(prefix, run.batch.prefix_gib * 2**30)
+    return [*parts, Part("contexts, each read once", kept)]
 
 
 def _frozen_bytes(shape: Shape, share: float, element: int) -> float:

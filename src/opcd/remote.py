@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy
 import torch
+from numpy.lib.format import read_array
 from torch import Tensor
 
 from opcd.batching import Batch
@@ -256,7 +257,7 @@ def read_scores(encoded: str, rows: int, columns: int) -> list[list[float]]:
     Raises:
         ValueError: it has another shape, or holds what is no log-probability.
     """
-    table = numpy.load(io.BytesIO(base64.b64decode(encoded)), allow_pickle=False)
+    table = read_array(io.BytesIO(base64.b64decode(encoded)), allow_pickle=False)
     if table.shape != (rows, columns):
         raise ValueError(f"a table of {table.shape} instead of {(rows, columns)}")
     # A log-probability of -inf is one that rounds to nothing.

@@ -33,6 +33,8 @@ FINAL = ("max_lora_rank", "LoRA is not enabled", "No adapter found")
 """In what a server says with such a status, signs that it never will be."""
 SHOWN = 300
 """Characters shown of what a server says."""
+NONSENSE = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
+"""What an answer raises, as it is read, that is not of the shape it should have."""
 
 
 class Refusal(Exception):
@@ -142,7 +144,7 @@ class Server:
         Args:
             path: of the URL.
             body: is posted as JSON; without one, the path is only read.
-            read: raises `ValueError`, `LookupError` or `TypeError` at an answer that means nothing.
+            read: raises one of `NONSENSE` at an answer that means nothing.
 
         Raises:
             Refusal: it will not do this; asking again would not help.
@@ -159,13 +161,15 @@ class Server:
                 continue
             try:
                 return read(_parsed(reply))
-            except (ValueError, LookupError, TypeError) as error:
+            except NONSENSE as error:
                 shown = without_key(reply[:SHOWN].decode("utf-8", "replace"), self.key)
                 trouble = f"nonsense in answer to {path}: {error!r} in {shown!r}"
+        way = "see to the server, then continue with --resume"
+        if not self._has_answered:
+            way = f"see that it runs and that {self.table}.servers has its address, or {way}"
         raise ServerError(
-            f"{self.url}: {trouble}, and so {self.retries + 1} times; see to the server, then "
-            f"continue with --resume; or raise {self.table}.retries (a server that starts anew "
-            "takes about a minute)"
+            f"{self.url}: {trouble}, and so {self.retries + 1} times; {way}; or raise "
+            f"{self.table}.retries (a server that starts anew takes about a minute)"
         )
 
     def note(self, trouble: str) -> None:

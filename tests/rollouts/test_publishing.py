@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from opcd.config.training import Full, Lora
 from opcd.errors import ServerError
 from opcd.rollouts.publishing import AdapterPublisher, Shelf, WeightPublisher
 from opcd.weights import load_model
-from tiny import LORA, nudge
+from tiny import LORA, full_disk, nudge, tuned
 from vllm_fake import FakeVllm, failing, impatient, serving
 from worlds import tokenizer
 
@@ -76,6 +77,33 @@ def test_an_adapter_is_there_whole_or_not_at_all(
     with pytest.raises(ServerError, match=r"could not be written.*rollout\.weights_folder"):
         adapters_for(fake, tiny_model_path, gone).publish("student", 0)
     assert fake.asked == []
+
+
+@pytest.mark.parametrize("tuning", [LORA, Full()], ids=["lora", "full"])
+def test_a_disk_that_fills_up_midway_leaves_no_half(tmp_path: Path, tuning: Lora | Full) -> None:
+    """Nothing that a server could load, and room again; the next attempt goes through."""
+    shelf, student = Shelf(tmp_path), tuned(tuning)
+    with full_disk(), pytest.raises(ServerError, match=r"could not be written.*--resume"):
+        shelf.put(student)
+    assert list(tmp_path.iterdir()) == []
+    assert [shelf.put(student)] == list(tmp_path.iterdir())
+
+
+def test_weights_have_their_name_once_they_are_all_there(tmp_path: Path) -> None:
+    """A server that looks meanwhile sees no folder by the name that it will be told."""
+    student, seen = tuned(LORA), list[str]()
+    write = student.save_pretrained
+
+    def watched(folder: Path, **more: Any) -> None:
+        write(folder, **more)
+        seen.extend(path.name for path in tmp_path.iterdir())
+
+    student.save_pretrained = watched
+    put = Shelf(tmp_path).put(student)
+    assert seen == [f".{put.name}"]
+    modes = {file.name: file.stat().st_mode & 0o777 for file in put.iterdir()}
+    assert modes.keys() >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert set(modes.values()) == {0o644}, "a server may be another user's"
 
 
 @pytest.mark.parametrize(

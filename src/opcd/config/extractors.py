@@ -1,13 +1,12 @@
 """Who writes what is to be learned from a trace: the student itself, another model, or a server."""
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from opcd.config.section import Count, NonNegative, Positive, Section
-from opcd.config.servers import check_key_name
+from opcd.config.servers import check_key_name, is_address
 
 
 class Student(Section):
@@ -47,7 +46,7 @@ class Endpoint(Section):
         # Before the fields: their own errors would show what was written, which may be the key.
         if not isinstance(data, Mapping):
             return data
-        if not re.fullmatch(r"https?://[^\s@?#]+", str(data.get("url"))):
+        if not is_address(str(data.get("url"))):
             raise ValueError(
                 "url must begin with http:// or https:// and hold no user name, key or query; "
                 'write for example url = "http://localhost:8000/v1", and key_env for the key'

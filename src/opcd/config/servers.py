@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
@@ -16,6 +17,17 @@ LONGEST_PAUSE_S = 30.0
 def pause_s(failures: int) -> float:
     """How long to wait before something is asked again that has failed so many times."""
     return min(2.0 ** (failures - 1), LONGEST_PAUSE_S)
+
+
+def is_address(url: str) -> bool:
+    """Whether a server may be at an address, which holds no user name, key or query."""
+    if not re.fullmatch(r"https?://[^\s@?#/]+(/[^\s@?#]*)?", url):
+        return False
+    try:
+        found = urlsplit(url)
+        return bool(found.hostname) and found.port != 0
+    except ValueError:  # a port that is no number or too large, half a bracket
+        return False
 
 
 def check_key_name(key_env: Any, example: str) -> None:
@@ -61,7 +73,7 @@ class Servers(Section):
             return data
         listed = data.get("servers", ())
         urls = (listed,) if isinstance(listed, str) else tuple(listed)
-        if not all(re.fullmatch(r"https?://[^\s@?#/]+(/[^\s@?#]*)?", str(url)) for url in urls):
+        if not all(is_address(str(url)) for url in urls):
             raise ValueError(
                 "servers holds something that is no address of a server: each must begin with "
                 "http:// or https:// and have no user name, key or query; write for example "
