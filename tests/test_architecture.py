@@ -42,6 +42,7 @@ FLOORS = (
         "adapters",
         "sharding",
         "zero",
+        "attention",
         "models",
         "prefix_cache",
         "prefix_store",

@@ -16,8 +16,9 @@ from transformers import (
 
 from allocated import peak_bytes
 from opcd import models, prefix_cache
+from opcd.attention import why_no_prefix
 from opcd.batching import collate
-from opcd.models import hidden_states, output_head, why_no_prefix
+from opcd.models import hidden_states, output_head
 from opcd.prefix_cache import (
     SharedPrefix,
     forward_after_prefix,

@@ -7,12 +7,12 @@ from typing import Any
 
 from opcd.adapters import trainable
 from opcd.assembly import Parts, end_ids
+from opcd.attention import why_no_prefix
 from opcd.compressing import Compress, build_compressor, check_compression, compress_context
 from opcd.contexts import load_context
 from opcd.errors import CostsError
 from opcd.evaluation import CONDITIONS, task_suite
 from opcd.items import Item
-from opcd.models import why_no_prefix
 from opcd.rendering import render_pairs
 from opcd.responses import Response, respond
 from opcd.soft_prompt import VIRTUAL_TOKENS, respond_behind, train_soft_prompt

@@ -10,6 +10,7 @@ from opcd import weights
 from opcd.adapters import merged_weights, share_frozen
 from opcd.alternatives import Alternatives, measure_alternatives
 from opcd.assembly import Parts
+from opcd.attention import why_no_prefix
 from opcd.costs import (
     KvShape,
     Prices,
@@ -24,7 +25,6 @@ from opcd.costs import (
 from opcd.drawing import draw_pairs
 from opcd.errors import CostsError, RunFolderError
 from opcd.items import Item
-from opcd.models import why_no_prefix
 from opcd.openings import MIN_PREFIX_TOKENS, Openings
 from opcd.prefix_cache import read_prefix
 from opcd.programs import open_baked, read_evaluation

@@ -7,23 +7,23 @@ prompts, teachers' kinds or optimisers.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import AttentionInterface, DynamicCache
+from transformers import DynamicCache
 
 from opcd.adapters import causal_model, in_shards
+from opcd.attention import DIFFERENCE, attend_by, compute_dtype, why_no_prefix
 from opcd.batching import WIDTH_STEP, Batch, Side
 from opcd.chunking import Head, TeacherScore, stats_against
 from opcd.config.training import Loss
 from opcd.divergence import TokenStats
 from opcd.errors import ModelError
 from opcd.products import can_pack, frozen_product, pack
-from opcd.ragged import Layout, attend, lay_out
+from opcd.ragged import Layout, lay_out
 
 T = TypeVar("T")
 
@@ -43,14 +43,9 @@ HEAD_ROWS = 64
 PLAIN_ATTENTION_TOKENS = 512
 """Up to this length a CPU trains with plain attention, whose scores grow with its square."""
 
+
 DROPOUTS = ("attention_dropout", "attn_pdrop")
 """What families call the share of attention that they drop in training."""
-ROPE_BY_LENGTH = ("dynamic", "longrope")
-"""Rotary positions whose angles depend on the longest row that is read: the angles of a prefix
-would be those of its own length, and those of a row another's."""
-DIFFERENCE = {torch.float32: 1e-3, torch.float64: 1e-3}
-"""How far hidden states of the same tokens may lie apart, relative to their size; 0.1 in dtypes
-that round more."""
 
 
 class Distiller(nn.Module):
@@ -99,7 +94,7 @@ def hidden_states(model: Any, side: Side) -> Tensor:
     # Weights in shards are put together once a pass, by all processes alike, whatever they read.
     once = recomputed or why_no_prefix(model) or in_shards(model)
     shared = 0 if once else shared_opening(side)
-    with attention(model, "eager") if plain else nullcontext():
+    with attend_by(model, "eager") if plain else nullcontext():
         if not shared:
             return side.take(decoder(input_ids=side.ids_BS, use_cache=False).last_hidden_state)
         cache = DynamicCache(config=causal_model(model).config)
@@ -142,7 +137,7 @@ def read_as_one(
         before: how many tokens each row has in front of it; default: none.
     """
     name, told = attends
-    with attention(model, name):
+    with attend_by(model, name):
         read = causal_model(model).get_decoder()(
             input_ids=layout.ids_1T,
             position_ids=layout.positions(before),
@@ -150,29 +145,6 @@ def read_as_one(
             **told,
         )
     return read.last_hidden_state[0, layout.places(side.row_T, side.column_T)]
-
-
-def ragged_attention(
-    module: Any,
-    query_1HTd: Tensor,
-    key_1hTd: Tensor,
-    value_1hTd: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    layout: Layout,
-    **named: Any,
-) -> tuple[Tensor, None]:
-    """Attention of rows that stand one after the other; `H` query heads share `h` key heads.
-
-    Registered with transformers as `opcd_ragged`; returns `[1, T, H, d]`. A list
-    `seen` is given the layer's index, keys and values.
-    """
-    if "seen" in named:
-        named["seen"].append((module.layer_idx, key_1hTd, value_1hTd))
-    sides = (side[0].transpose(0, 1) for side in (query_1HTd * scaling, key_1hTd, value_1hTd))
-    query_THd, key_Thd, value_Thd = sides
-    out_THd = attend(query_THd, key_Thd, value_Thd, layout)[0]
-    return out_THd.unsqueeze(0).to(value_1hTd.dtype), None
 
 
 def shared_opening(side: Side) -> int:
@@ -184,96 +156,6 @@ def shared_opening(side: Side) -> int:
     same = min(int(same_S.long().cumprod(0).sum()), int(side.column_T.min()))
     same -= same % WIDTH_STEP
     return same if same * (len(side.ids_BS) - 1) >= MIN_SAVED_TOKENS else 0
-
-
-def why_no_prefix(model: Any) -> str | None:
-    """The reason why a model cannot go on from tokens read before; `None` if it can."""
-    model = causal_model(model)
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    listed = getattr(config, "layer_types", None)
-    kinds = set(listed or (["sliding_attention"] if window else ["full_attention"]))
-    if window and kinds != {"full_attention"}:
-        return f"it attends to a window of {window} tokens, which the context may not fit into"
-    if kinds != {"full_attention"} or getattr(config, "attn_logit_softcapping", None):
-        return "its layers are not plain full attention"
-    if not getattr(model, "_supports_attention_backend", False):
-        return f"{type(model).__name__} does not let its attention be replaced"
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ROPE_BY_LENGTH:
-        return f"its positions turn by the longest row's length (rope_type {rope['rope_type']})"
-    return _why_other_attention(model)
-
-
-_OTHER_ATTENTION: WeakKeyDictionary = WeakKeyDictionary()
-
-
-def _why_other_attention(model: Any) -> str | None:
-    """Why a model's attention is not what stands in for it here; `None` if it is.
-
-    Known by what comes out. Looked at once, with whole weights: only their values move.
-    """
-    if model not in _OTHER_ATTENTION:
-        if in_shards(model) or next(model.parameters()).is_meta:
-            return None
-        was_training = model.training
-        model.eval()
-        try:
-            is_same = _attends_alike(model)
-        # It hands on less than its decoder is told, or heads of other shapes.
-        except (TypeError, RuntimeError):
-            is_same = False
-        finally:
-            model.train(was_training)
-        reason = f"{type(model).__name__} adds something of its own to attention"
-        _OTHER_ATTENTION[model] = None if is_same else reason
-    return _OTHER_ATTENTION[model]
-
-
-@torch.no_grad()
-def _attends_alike(model: Any) -> bool:
-    """Whether rows in one sequence have the states that each has alone, with what a cache keeps."""
-    decoder, rows = model.get_decoder(), [(1, 2, 3, 5), (1, 2, 4)]
-    layout, cache = lay_out(rows, model.device), DynamicCache(config=model.config)
-    seen: list[tuple[int, Tensor, Tensor]] = []
-    told = {"past_key_values": cache, "use_cache": True, "layout": layout, "seen": seen}
-    with attention(model, "opcd_ragged"):
-        read = decoder(input_ids=layout.ids_1T, position_ids=layout.positions(), **told)
-    kept: list[Any] = list(cache.layers)
-    if [index for index, _, _ in seen] != list(range(len(kept))):
-        return False
-    for layer, (_, key, value) in zip(kept, seen, strict=True):
-        sides = (layer.keys, key), (layer.values, value)
-        if key.shape != value.shape or not all(torch.equal(*side) for side in sides):
-            return False
-    limit = DIFFERENCE.get(compute_dtype(model), 0.1)
-    for row, ids in enumerate(rows):
-        ids_1S = torch.tensor([ids], device=model.device)
-        wanted_SD = decoder(input_ids=ids_1S, use_cache=False).last_hidden_state[0]
-        found_SD = read.last_hidden_state[0, layout.key_BK[row + layout.opening, : len(ids)]]
-        if not (found_SD - wanted_SD).norm() <= limit * wanted_SD.norm():
-            return False
-    return True
-
-
-def compute_dtype(model: Any) -> torch.dtype:
-    """What a model multiplies in: its weights' dtype, or that of autocast."""
-    weight = next(model.parameters())
-    if torch.is_autocast_enabled(weight.device.type):
-        return torch.get_autocast_dtype(weight.device.type)
-    return weight.dtype
-
-
-@contextmanager
-def attention(model: Any, name: str) -> Iterator[None]:
-    """Within it, the model computes its attention by another of transformers' functions."""
-    config = causal_model(model).get_decoder().config
-    usual = config._attn_implementation
-    config._attn_implementation = name
-    try:
-        yield
-    finally:
-        config._attn_implementation = usual
 
 
 def output_head(model: Any) -> Head:
@@ -395,6 +277,3 @@ def _lora_inputs_uncast(model: Any) -> Iterator[None]:
     autocast = torch.is_autocast_enabled(next(model.parameters()).device.type)
     with disable_input_dtype_casting(model, active=autocast):
         yield
-
-
-AttentionInterface.register("opcd_ragged", ragged_attention)

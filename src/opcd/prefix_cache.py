@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 
 from opcd.adapters import causal_model
+from opcd.attention import attend_by, compute_dtype
 from opcd.batching import Side
-from opcd.models import attention, can_be_ragged, compute_dtype, read_as_one
+from opcd.models import can_be_ragged, read_as_one
 from opcd.ragged import Layout, attend, lay_out
 
 SCORES_AT_ONCE = 2**24
@@ -139,7 +140,7 @@ def forward_after_prefix(
         mask_BS = torch.ones(len(ids_BS), old + ids_BS.shape[1], device=ids_BS.device)
     before_B1 = torch.tensor([prefix.tokens for prefix in prefixes], device=ids_BS.device)[:, None]
     positions_BS = (mask_BS.long().cumsum(-1) - 1).clamp(min=0)[:, old:] + before_B1
-    with attention(model, "opcd_cascade"):
+    with attend_by(model, "opcd_cascade"):
         return decoder(
             input_ids=ids_BS,
             attention_mask=None if is_fused else _own_mask(mask_BS, ids_BS.shape[1]),

@@ -15,13 +15,14 @@ from transformers import DynamicCache
 
 from opcd.adapters import causal_model, trainable
 from opcd.assembly import Parts
+from opcd.attention import attend_by
 from opcd.batching import Side, collate
 from opcd.chunking import chunked_stats
 from opcd.config.training import ExactSupport
 from opcd.distill import cut_portions, weigh
 from opcd.drawing import prompt_of
 from opcd.items import Item
-from opcd.models import PLAIN_ATTENTION_TOKENS, attention, output_head
+from opcd.models import PLAIN_ATTENTION_TOKENS, output_head
 from opcd.prefix_cache import SharedPrefix, keep_prefix
 from opcd.remote import RemoteTeacher
 from opcd.responses import Response, grade
@@ -125,7 +126,7 @@ def hidden_behind(tuned: Any, side: Side) -> Tensor:
     # As in training: a CPU's fused attention is slow to differentiate in bfloat16.
     short = whole_BSD.shape[1] <= PLAIN_ATTENTION_TOKENS
     plain = short and whole_BSD.device.type == "cpu"
-    with attention(model, "eager") if plain else nullcontext():
+    with attend_by(model, "eager") if plain else nullcontext():
         hidden_BSD = model.get_decoder()(inputs_embeds=whole_BSD, use_cache=False).last_hidden_state
     return hidden_BSD[side.row_T, side.column_T + soft_BPD.shape[1]]
 

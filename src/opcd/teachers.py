@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from opcd.adapters import adapter_off, trainable
+from opcd.attention import compute_dtype, why_no_prefix
 from opcd.batching import Batch, Side
 from opcd.chunking import Head, Hidden, TeacherScore
 from opcd.config import training
 from opcd.divergence import divergence
-from opcd.models import compute_dtype, hidden_states, output_head, why_no_prefix
+from opcd.models import hidden_states, output_head
 from opcd.openings import Ids, Openings, find_openings, in_passes
 from opcd.prefix_cache import SharedPrefix, read_prefix, states_after_prefix
 from opcd.prefix_store import PREFIX_BYTES, PrefixStore

@@ -26,8 +26,9 @@ from opcd.adapters import (
     share_frozen,
     writes_to,
 )
+from opcd.attention import why_no_prefix
 from opcd.batching import padded_width
-from opcd.models import output_head, why_no_prefix
+from opcd.models import output_head
 from opcd.openings import Ids, find_openings, in_passes
 from opcd.prefix_cache import (
     PREFILL_TOKENS,

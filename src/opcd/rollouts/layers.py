@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from opcd.adapters import causal_model
+from opcd.attention import why_no_prefix
 from opcd.batching import pad_right
-from opcd.models import why_no_prefix
 from opcd.norms import plain_norm
 from opcd.prefix_cache import SharedPrefix, cascade_attention, find_blocks
 from opcd.ragged import FILL_STEP, find_distinct
