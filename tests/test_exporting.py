@@ -46,6 +46,8 @@ def test_the_folder_loads_with_transformers_alone(trained: Outcome, tmp_path: Pa
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
     assert (found - before).abs().max() > 0.1, "something was baked in"
     assert not (target / "adapter_config.json").exists()
+    modes = {file.stat().st_mode for file in target.iterdir()}
+    assert len(modes) == 1, "who may read one file may read all"
     assert [path.name for path in tmp_path.iterdir()] == ["exported"], "no draft is left"
 
 

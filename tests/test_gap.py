@@ -8,12 +8,12 @@ import torch
 
 from opcd.assembly import assemble
 from opcd.errors import ConfigError
-from opcd.gap import margins_by_answer, measure_gap
+from opcd.gap import commonest, margins_by_answer, measure_gap
 from opcd.items import Item
 from opcd.programs import gap_of
-from opcd.responses import respond
+from opcd.responses import Response, respond
 from opcd.training import train
-from opcd.types import PromptPair, Task
+from opcd.types import PromptPair, Score, Task
 from tiny import acting, log_probs_of, make_game_run, make_run, parts_of, reverse_kl
 from vllm_fake import FakeVllm, serving
 from worlds import tokenizer
@@ -27,6 +27,17 @@ def test_margins_are_grouped_by_the_right_answer_where_it_is_a_label() -> None:
     free = [Item(Task(str(i), (), f"text {i}"), pair) for i in range(4)]
     assert margins_by_answer(free, least) == {}, "each its own answer: no labels"
     assert margins_by_answer(items[:2], least) == {}, "one label has nothing to be apart from"
+
+
+def test_the_commonest_answer_is_told_where_answers_are_labels() -> None:
+    """One that says the same to every row is seen at once; free text has no such share."""
+    pair = PromptPair("x", (1,), (1,))
+    items = [Item(Task(str(i), (), answer), pair) for i, answer in enumerate("aabb")]
+    given = [Response((), text, Score({})) for text in "bbba"]
+    assert commonest(items, given) == {"text": "b", "share": 0.75, "right_share": 0.5}
+    assert commonest(items[:2], given[:2]) is None, "one label"
+    free = [Item(Task(str(i), (), f"text {i}"), pair) for i in range(13)]
+    assert commonest(free, given) is None
 
 
 def test_the_distance_is_that_of_the_context(tiny_model_path: Path, tmp_path: Path) -> None:
@@ -56,9 +67,12 @@ def test_rows_are_paired(tiny_model_path: Path, tmp_path: Path) -> None:
     with_context = {item.pair.teacher_ids for item in parts.items["validation"]}
     right, wrong = (*parts.renderer.encode("a"), 2), (*parts.renderer.encode("x"), 2)
     parts.engine.script = lambda _, p: right if p.ids in with_context else wrong  # type: ignore[attr-defined]
-    correct = measure_gap(parts)["metrics"]["correct"]
+    found = measure_gap(parts)
+    correct = found["metrics"]["correct"]
     assert correct["difference"]["mean"] == 1.0 and correct["base"]["mean"] == 0.0
     assert correct["p"] == pytest.approx(0.25), "three rows"
+    texts = [(row["base"]["text"], row["in_context"]["text"]) for row in found["answers"]]
+    assert texts == [("x", "a")] * 3, "to be read before anything is trained"
 
 
 def test_a_gap_measured_first_does_not_stand_in_the_way_of_the_run(

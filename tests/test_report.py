@@ -15,7 +15,7 @@ from opcd.charts import Chart
 from opcd.cost_tables import cost_grids, notes_lines
 from opcd.errors import InputError
 from opcd.figures import inline_svg
-from opcd.report import write_report
+from opcd.report import losses, write_report
 from opcd.verdict import verdict
 
 
@@ -88,6 +88,21 @@ def test_the_headline_names_what_was_measured(tmp_path: Path) -> None:
     assert "On the same 4 rows" in text
     for fact in ("checkpoint step-4", "split test", "seed 7", "context tokens gone 1,234"):
         assert fact in text
+
+
+def test_what_was_not_baked_in_is_said_at_the_top(tmp_path: Path) -> None:
+    """Only where it is more than chance, and only of the task's own metric."""
+    test = {"suite": "task", "first": "baked", "second": "in_context", "metric": "correct"}
+    lost = {**test, "difference": -0.182, "p": 0.001}
+    assert losses([lost], "correct") == [
+        "Not all of it was baked in: 18.2 points are missing to the model with the context "
+        "(p = 0.001)."
+    ]
+    others = ({"p": 0.3}, {"difference": 0.2}, {"suite": "spill"}, {"second": "base"})
+    assert losses([{**lost, **other} for other in others], "correct") == []
+    assert losses([lost], "valid") == []
+    text = page_of(measured_run(tmp_path / "desk", paired=[{**lost, "test": "McNemar"}])).text
+    assert text.index("Not all of it") < text.index("context tokens are gone")
 
 
 def test_a_difference_is_named_as_more_than_chance_only_if_it_is(tmp_path: Path) -> None:

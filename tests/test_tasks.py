@@ -65,15 +65,16 @@ def test_trl_columns_are_understood() -> None:
     assert (prompts([task]), task.context) == (["a"], "secret")
 
 
-@pytest.mark.parametrize("row", [{}, {"prompt": ""}, {"prompt": []}, {"prompt": None, "text": "a"}])
+@pytest.mark.parametrize("row", [{}, {"prompt": None, "text": "a"}])
 def test_a_row_without_a_prompt_says_how_to_map_one(row: dict[str, Any]) -> None:
     with pytest.raises(TaskError, match=r"f, row 3: no prompt.*columns = \{prompt"):
         read_row(row, "x", "f, row 3", None)
 
 
-@pytest.mark.parametrize("prompt", ["  \n", [{"role": "user", "content": ""}]])
+@pytest.mark.parametrize("prompt", ["", "  \n", [], [{"role": "user", "content": ""}]])
 def test_a_blank_prompt_is_no_prompt(prompt: Any) -> None:
-    with pytest.raises(TaskError, match="row 3"):
+    """The column is there, so that naming it would not help."""
+    with pytest.raises(TaskError, match=r"row 3: (its prompt is empty|.*content)"):
         read_row({"prompt": prompt}, "x", "f, row 3", None)
 
 
@@ -169,7 +170,10 @@ def test_a_local_folder_is_read_as_a_data_set(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"prompt": "a"}\n{"prompt": \n', r"train\.jsonl, line 2: not JSON \("),
+        (
+            '{"prompt": "a"}\n{"prompt": \n',
+            r"train\.jsonl, line 2: not JSON \(.* at character 13\)",
+        ),
         ('{"prompt": "a"}\n\n["b"]\n', r"train\.jsonl, line 3: not a JSON object"),
         ('{"prompt": "a"}\n{"answer": "b"}\n', r"train\.jsonl, row 2: no prompt"),
         ('{"prompt": "a", "id": 1}\n{"prompt": "b", "id": 1}\n', "two rows have the id '1'"),

@@ -29,8 +29,12 @@ def gap(
     }
 
 
+def said(text: str, share: float, right_share: float) -> dict[str, Any]:
+    return {"text": text, "share": share, "right_share": right_share}
+
+
 @pytest.mark.parametrize(
-    ("found", "said"),
+    ("found", "words"),
     [
         (gap(), "There is something to bake: expect a baked model near 90 %"),
         (gap(0.9, 0.4), "makes this model worse"),
@@ -44,11 +48,13 @@ def gap(
         ),
         (gap(context_tokens=20_000), "20,000 tokens are more than a behaviour"),
         (gap(context_type="column"), "Every row brings a context of its own"),
+        (gap(commonest=said("refund", 1.0, 0.25)), "100 % of the answers in context are the same"),
+        (gap(truncated=0.72), "72 % of the answers in context were cut by rollout.max_new_tokens"),
     ],
 )
-def test_the_verdict_says_what_to_expect(found: dict[str, Any], said: str) -> None:
+def test_the_verdict_says_what_to_expect(found: dict[str, Any], words: str) -> None:
     lines = verdict(found)
-    assert sum(said in line for line in lines) == 1
+    assert sum(words in line for line in lines) == 1
     assert "Retrieval" in lines[-1], "when not to bake at all is always said"
 
 
@@ -68,3 +74,6 @@ def test_a_class_that_the_context_fails_is_named() -> None:
 def test_a_sure_teacher_with_a_small_context_is_not_warned_of() -> None:
     assert len(verdict(gap())) == 2
     assert len(verdict(gap(margin_nats_by_answer={"yes": 0.9, "no": 0.8}))) == 2
+    assert len(verdict(gap(truncated=0.05, commonest=said("refund", 0.5, 0.4)))) == 2
+    mostly = gap(commonest=said("no", 0.95, 0.9))
+    assert len(verdict(mostly)) == 2, "nearly all rows are of one kind"

@@ -291,6 +291,10 @@ def save_weights(model: Any, folder: Path, weights: Mapping[str, Tensor] | None 
         model.save_pretrained(folder, state_dict=weights)
     except SafetensorError as error:
         raise OSError(str(error)) from error
+    # safetensors' own files may be read by nobody else, whatever the user's mask says.
+    usual = next(folder.glob("*config.json")).stat().st_mode
+    for file in folder.glob("*.safetensors"):
+        file.chmod(usual)
 
 
 def load_weights(model: Any, folder: Path) -> None:

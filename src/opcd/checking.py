@@ -13,7 +13,7 @@ from opcd.contexts import load_context, pool_of
 from opcd.envs.games import openings_of
 from opcd.errors import ConfigError
 from opcd.graders import Grader, build_grader
-from opcd.memory import Layout, memory_lines
+from opcd.memory import Layout, memory_lines, shape_of
 from opcd.public_sets import find_set
 from opcd.tasks import load_splits
 from opcd.types import Context, Message, Task
@@ -65,7 +65,24 @@ def check_run(path: Path, overrides: Sequence[str] = ()) -> tuple[Run, list[str]
             if grader and split in graded:
                 grader(task, "")
     counts = "tasks: " + ", ".join(f"{len(t)} {s}" for s, t in splits.items())
-    return run, [*facts, *notes, counts]
+    return run, [*facts, *notes, *room_warnings(run, splits.get("train", [])), counts]
+
+
+def room_warnings(run: Run, tasks: Sequence[Task]) -> list[str]:
+    """Whether the longest prompt, its context and a response fit into the model, roughly."""
+    try:
+        positions = shape_of(run.model.path).positions
+    except ConfigError:
+        return []
+    context = max(_context_tokens(run, tasks), default=0)
+    prompt, response = _longest_prompt(run, tasks), run.rollout.max_new_tokens
+    if not positions or context + prompt + response <= positions:
+        return []
+    return [
+        f"warning: about {context} tokens of context, {prompt} of a prompt and {response} of a "
+        f"response (at {CHARACTERS_A_TOKEN} characters a token) are more than the {positions} that "
+        f"{run.model.path} takes; shorten one of them, or take another model"
+    ]
 
 
 def check_launch(run: Run, processes: int) -> None:
@@ -223,4 +240,9 @@ def warnings(run: Run) -> list[str]:
         )
     if not run.has_validation:
         found.append("warning: no validation split, so the last step is kept instead of the best")
+    if not run.has_test:
+        found.append(
+            "warning: no test split, so that opcd evaluate can only measure --split validation, "
+            "which the weights were chosen on"
+        )
     return found

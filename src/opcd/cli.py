@@ -31,6 +31,7 @@ RunPath = Annotated[Path, typer.Argument(help="A folder under runs/.", show_defa
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="key.path=value ...", show_default=False)
 ]
+AnswersShown = Annotated[int, typer.Option(help="Show this many answers side by side.")]
 
 
 @app.callback()
@@ -87,17 +88,20 @@ def check(
 
 
 @app.command()
-def gap(config: ConfigPath, overrides: Overrides = None) -> None:
+def gap(
+    config: ConfigPath, overrides: Overrides = None, answers: AnswersShown = ANSWERS_SHOWN
+) -> None:
     """Before training: what the context changes on validation rows, and whether to bake it."""
     from opcd.config import load_config
 
     run = load_config(config, overrides or [])
     from opcd.programs import gap_of
-    from opcd.tables import gap_table
+    from opcd.tables import answers_table, gap_table
     from opcd.verdict import verdict
 
     found = gap_of(run)
     console.print(gap_table(found))
+    console.print(answers_table(found["answers"], answers))
     for line in verdict(found):
         console.print(line, highlight=False, markup=False)
 
@@ -139,9 +143,7 @@ def train(
 def evaluate(
     run: RunPath,
     split: Annotated[str, typer.Option(help="Which split to measure.")] = "test",
-    answers: Annotated[
-        int, typer.Option(help="Show this many answers side by side.")
-    ] = ANSWERS_SHOWN,
+    answers: AnswersShown = ANSWERS_SHOWN,
     again: Annotated[bool, typer.Option(help="Measure anew what was measured before.")] = False,
 ) -> None:
     """Measure base, in_context and baked on a split; writes evaluation.json."""
@@ -297,7 +299,10 @@ def export(
     from opcd.exporting import export_run
 
     agreed = export_run(run, folder)
-    console.print(f"{folder}: the exported model gave the same greedy answers to {agreed} prompts")
+    console.print(
+        f"{folder}: float32 weights, which gave the run's own greedy answers to {agreed} prompts; "
+        "read in bfloat16, near ties may turn out otherwise"
+    )
 
 
 @app.command()

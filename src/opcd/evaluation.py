@@ -17,6 +17,7 @@ from opcd.items import Item
 from opcd.launch import agreed, rejoin
 from opcd.responses import (
     Response,
+    answer_row,
     by_metric,
     mean,
     nats_by_response,
@@ -61,7 +62,10 @@ def evaluate(parts: Parts, split: str, checkpoint: str) -> Evaluation:
         "context_tokens": parts.context_tokens,
         "seed": parts.config.seed,
     }
-    answers = [_answer_row(item, responses, i) for i, item in enumerate(items)]
+    answers = [
+        answer_row(item, {name: rows[i] for name, rows in responses.items()})
+        for i, item in enumerate(items)
+    ]
     return Evaluation(summary, answers, token_kl(parts, items, responses["in_context"]))
 
 
@@ -179,15 +183,3 @@ def paired_tests(responses: Mapping[str, Sequence[Response]]) -> list[dict[str, 
             }
         )
     return tests
-
-
-def _answer_row(
-    item: Item, responses: Mapping[str, Sequence[Response]], index: int
-) -> dict[str, Any]:
-    row = {"id": item.task.id, "prompt": item.task.messages[-1].content, "answer": item.task.answer}
-    for condition, rows in responses.items():
-        found = rows[index]
-        row[condition] = {"text": found.text, "note": found.score.note, **found.score.metrics}
-        if item.game:
-            row[condition]["feedback"] = found.feedback
-    return row

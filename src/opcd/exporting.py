@@ -29,7 +29,7 @@ def export_run(path: Path, target: Path) -> int:
 
     Raises:
         RunFolderError: the target exists.
-        ExportError: some answer differs; nothing is left behind.
+        ExportError: it cannot be written, or some answer differs; nothing is left behind.
     """
     if target.exists():
         raise RunFolderError(f"{target} exists; name another folder, or delete it first")
@@ -42,8 +42,14 @@ def export_run(path: Path, target: Path) -> int:
     before = _greedy(student.eval(), pairs, parts)
     draft = target.with_name(f".{target.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
-    adapters.merge(student).save_pretrained(draft)
-    parts.renderer.tokenizer.save_pretrained(draft)
+    try:
+        adapters.save_weights(adapters.merge(student), draft)
+        parts.renderer.tokenizer.save_pretrained(draft)
+    except OSError as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise ExportError(
+            f"{target} could not be written ({error}); free space on the disk, or name another"
+        ) from error
     after = _greedy(weights.load_model(str(draft.resolve()), torch.float32), pairs, parts)
     different = [p.task_id for p, a, b in zip(pairs, before, after, strict=True) if a != b]
     if different:

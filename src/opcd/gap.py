@@ -5,6 +5,7 @@ predicted by it (arXiv 2605.30070): where base and in_context answer alike there
 gain, and where the context does harm, baking it in does the same harm.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from opcd.items import Item
 from opcd.remote import RemoteTeacher
 from opcd.responses import (
     Response,
+    answer_row,
     by_metric,
     mean,
     nats_by_response,
@@ -36,6 +38,8 @@ def measure_gap(parts: Parts) -> dict[str, Any]:
     `margin_nats` is how far the likeliest token is ahead of the next where an answer is least
     sure, `margin_nats_lowest_tenth` the same for the row at the tenth percentile, and
     `margin_nats_by_answer` its mean over the rows of each right answer, where these are labels.
+    `commonest` is the answer that the context is given most often, with its share, and the share
+    of the commonest right answer; `answers` has what both say to each row.
 
     Raises:
         TaskError: the run has no validation split.
@@ -63,6 +67,11 @@ def measure_gap(parts: Parts) -> dict[str, Any]:
         "margin_nats_lowest_tenth": margins[len(margins) // 10],
         "margin_nats_by_answer": margins_by_answer(items, least),
         "truncated": mean([float(not a.rollout.finished) for a in answered]),
+        "commonest": commonest(items, in_context),
+        "answers": [
+            answer_row(item, {"base": without, "in_context": given})
+            for item, without, given in zip(items, base, in_context, strict=True)
+        ],
     }
 
 
@@ -79,6 +88,19 @@ def compare_metrics(base: Sequence[Response], in_context: Sequence[Response]) ->
             "p": mcnemar(after, before),
         }
     return found
+
+
+def commonest(items: Sequence[Item], given: Sequence[Response]) -> dict[str, Any] | None:
+    """The answer given most often, with its share; `None` where right answers are no labels."""
+    right = Counter(str(item.task.answer) for item in items if item.task.answer is not None)
+    if not 1 < len(right) <= MOST_ANSWERS:
+        return None
+    text, count = Counter(response.text for response in given).most_common(1)[0]
+    return {
+        "text": text,
+        "share": count / len(given),
+        "right_share": right.most_common(1)[0][1] / right.total(),
+    }
 
 
 def margins_by_answer(items: Sequence[Item], least: Mapping[str, float]) -> dict[str, float]:

@@ -30,6 +30,8 @@ class Shape:
     head_width: int = 128
     tied: bool = False
     """Whether the head's weights are those of the embeddings."""
+    positions: int = 0
+    """Tokens that a sequence may have; 0 where that is not known."""
 
     @property
     def linear(self) -> tuple[tuple[int, int], ...]:
@@ -61,7 +63,7 @@ class Shape:
 
 
 SHAPES = {
-    "smollm2-135m": Shape(30, 576, 1536, 9, 3, 49152, 64, tied=True),
+    "smollm2-135m": Shape(30, 576, 1536, 9, 3, 49152, 64, tied=True, positions=8192),
     "meta-llama/Llama-3.1-8B-Instruct": Shape(32, 4096, 14336, 32, 8, 128256),
     "meta-llama/Llama-3.2-3B-Instruct": Shape(28, 3072, 8192, 24, 8, 128256, tied=True),
     "Qwen/Qwen2.5-7B-Instruct": Shape(28, 3584, 18944, 28, 4, 152064),
@@ -139,6 +141,7 @@ def read_shape(found: Mapping[str, Any], path: str) -> Shape:
             found["vocab_size"],
             found.get("head_dim") or found["hidden_size"] // heads,
             found.get("tie_word_embeddings", False),
+            found.get("max_position_embeddings") or 0,
         )
     except KeyError as error:
         raise ConfigError(

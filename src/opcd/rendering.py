@@ -47,7 +47,9 @@ class Renderer:
             if len(ids) > self.max_prompt_tokens:
                 raise OverLongError(
                     f"row {task.id!r}: its {side} prompt has {len(ids)} tokens, but at most "
-                    f"{self.max_prompt_tokens} fit before the response; shorten it, or set "
+                    f"{max(0, self.max_prompt_tokens)} fit: what the model takes less "
+                    "rollout.max_new_tokens, or rendering.max_prompt_tokens; make room, shorten "
+                    "the prompt or its context, or, if such rows are few, set "
                     'rendering.over_long = "drop_row"'
                 )
         return PromptPair(task.id, student_ids, teacher_ids, origin)

@@ -2,7 +2,7 @@
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -20,6 +20,7 @@ from opcd.exhibits import answer_rows, kl_legend, token_rows
 from opcd.figures import inline_svg, write_figures
 from opcd.findings import Findings, read_findings
 from opcd.glossary import CONDITIONS, SUITES, explanation, metric_name
+from opcd.intervals import SIGNIFICANT
 from opcd.runs import write_text
 from opcd.verdict import verdict
 
@@ -165,8 +166,22 @@ def sentences(runs: Sequence[Findings], metric: str) -> list[str]:
         if condition in told
     ]
     return [
-        f"{tokens:,} context tokens are gone from every request.",
         f"{name}: the baked model without the context {told['baked']}, {', '.join(others)}.",
+        *losses(runs[0].summary["paired"], metric),
+        f"{tokens:,} context tokens are gone from every request.",
+    ]
+
+
+def losses(paired: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
+    """Where the weights do worse than the prompt did, said before anything is praised."""
+    return [
+        f"Not all of it was baked in: {-100 * test['difference']:.1f} points are missing to the "
+        f"model with the context (p = {test['p']:.2g})."
+        for test in paired
+        if [test[key] for key in ("suite", "first", "second", "metric")]
+        == ["task", "baked", "in_context", metric]
+        and test["difference"] < 0
+        and test["p"] < SIGNIFICANT
     ]
 
 

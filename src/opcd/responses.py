@@ -1,7 +1,8 @@
 """Answers to prompts under a condition: sampled, graded, scored token by token."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -196,6 +197,16 @@ def by_metric(responses: Sequence[Response]) -> dict[str, list[float]]:
         for name, value in response.score.metrics.items():
             values.setdefault(name, []).append(value)
     return values
+
+
+def answer_row(item: Item, responses: Mapping[str, Response]) -> dict[str, Any]:
+    """What a row was answered under each condition, for people to read."""
+    row = {"id": item.task.id, "prompt": item.task.messages[-1].content, "answer": item.task.answer}
+    for condition, found in responses.items():
+        row[condition] = {"text": found.text, "note": found.score.note, **found.score.metrics}
+        if item.game:
+            row[condition]["feedback"] = found.feedback
+    return row
 
 
 def nats_by_row(

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import socket
+import sys
 import threading
 import time
 import urllib.error
@@ -33,6 +34,8 @@ FINAL = ("max_lora_rank", "LoRA is not enabled", "No adapter found")
 """In what a server says with such a status, signs that it never will be."""
 SHOWN = 300
 """Characters shown of what a server says."""
+TOLD_WAIT_S = 2.0
+"""A shorter wait is shown with its step alone."""
 NONSENSE = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 """What an answer raises, as it is read, that is not of the shape it should have."""
 
@@ -154,6 +157,7 @@ class Server:
         for attempt in range(self.retries + 1):
             if attempt:
                 self.note(trouble)
+                self._tell_of_waiting(trouble, pause_s(attempt))
                 self.pause(pause_s(attempt))
             reply = self._send(path, body)
             if isinstance(reply, str):
@@ -176,6 +180,11 @@ class Server:
         """Remember a trouble, to be counted and shown with the step."""
         with self._lock:
             self.troubles.append(f"{self.url}: {trouble}")
+
+    def _tell_of_waiting(self, trouble: str, wait_s: float) -> None:
+        """Say that somebody waits, and for what: the step that would show it may not come."""
+        if wait_s >= TOLD_WAIT_S:
+            print(f"{self.url}: {trouble}; asked again in {wait_s:.0f} s", file=sys.stderr)
 
     def take_troubles(self) -> list[str]:
         """The troubles since this was last asked."""

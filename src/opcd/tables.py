@@ -126,11 +126,12 @@ def answers_table(answers: Sequence[Mapping[str, Any]], count: int) -> Table:
     """Some answers side by side, spread over the split."""
     table = Table(title=f"{min(count, len(answers))} of {len(answers)} answers", show_lines=True)
     table.add_column("prompt", ratio=3, overflow="fold")
-    for condition in CONDITIONS:
+    conditions = [condition for condition in CONDITIONS if condition in answers[0]]
+    for condition in conditions:
         table.add_column(condition, ratio=2, overflow="fold")
     stride = max(1, len(answers) // count)
     for row in answers[::stride][:count]:
-        texts = [answer_text(row[condition]) for condition in CONDITIONS]
+        texts = [answer_text(row[condition]) for condition in conditions]
         # An action in brackets would be taken for a style.
         table.add_row(*map(escape, (row["prompt"], *texts)))
     return table

@@ -90,10 +90,15 @@ def read_row(row: Mapping[str, Any], task_id: str, where: str, group_by: str | N
     """
     row = {ALIASES.get(key, key): value for key, value in row.items()}
     prompt = row.get("prompt")
-    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+    if prompt is None:
         raise TaskError(
             f"{where}: no prompt; its columns are {sorted(row)}. Name the column "
             '"prompt", or map it with columns = {prompt = "your name"}'
+        )
+    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+        raise TaskError(
+            f"{where}: its prompt is empty, so there is nothing to answer; write one, or delete "
+            "the row"
         )
     if group_by and row.get(group_by) is None:
         raise TaskError(
@@ -257,7 +262,11 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise TaskError(f"{path.name}, line {number}: not JSON ({error})") from error
+                raise TaskError(
+                    f"{path.name}, line {number}: not JSON ({error.msg} at character "
+                    f"{error.pos + 1}); each line is one whole row, such as "
+                    '{"prompt": "...", "answer": "..."}'
+                ) from error
             if not isinstance(row, dict):
                 raise TaskError(f"{path.name}, line {number}: not a JSON object")
             yield row

@@ -77,8 +77,11 @@ def train(config: Run, resume: bool = False, overwrite: bool = False) -> Outcome
     check_context(config)
     accelerator = build_accelerator(config)
     with together(accelerator):
-        if not resume:
-            on_main(accelerator, lambda: check_free(config, overwrite))
+        # Refused before a model is loaded, or a server is waited for.
+        on_main(
+            accelerator,
+            lambda: check_resumable(config) if resume else check_free(config, overwrite),
+        )
         parts = assemble(config)
         folder = on_main(
             accelerator,

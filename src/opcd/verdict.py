@@ -14,13 +14,19 @@ APART_NATS = 1.5
 baked to 11 points below its context, one with 2.1 was not."""
 SELDOM_RIGHT = 0.5
 """A class is said to fail where even the upper end of its interval is below this."""
+ALIKE_SHARE = 0.8
+"""So many answers in context that are the same say that the model hardly looks at the rows,"""
+ALIKE_MORE = 0.2
+"""if the commonest right answer is rarer by so much."""
+CUT_SHARE = 0.1
+"""So many answers in context that the token limit cuts are worth a word."""
 LARGE_CONTEXT_TOKENS = 8_000
 """More than this is a library rather than a behaviour."""
 
 
 def verdict(gap: Mapping[str, Any]) -> list[str]:
     """What to expect of baking this context, in words."""
-    lines = [*_on_gain(gap), *_on_classes(gap), *_on_sureness(gap)]
+    lines = [*_on_gain(gap), *_on_reading(gap), *_on_classes(gap), *_on_sureness(gap)]
     if gap["context_type"] == "column":
         lines.append(
             "Every row brings a context of its own. Lessons and rubrics can be baked in that way; "
@@ -73,6 +79,25 @@ def _on_gain(gap: Mapping[str, Any]) -> list[str]:
         f"{seen}, p = {found['p']:.2g}. There is something to bake: expect a baked model near "
         f"{100 * after:.0f} %, and seldom above."
     ]
+
+
+def _on_reading(gap: Mapping[str, Any]) -> list[str]:
+    """Whether the answers in context can be those of a model that does the task."""
+    lines, found = [], gap.get("commonest")
+    if found and found["share"] >= max(ALIKE_SHARE, found["right_share"] + ALIKE_MORE):
+        lines.append(
+            f"{100 * found['share']:.0f} % of the answers in context are the same, "
+            f"{found['text']!r}, which is right for {100 * found['right_share']:.0f} % of the rows "
+            "at most: this model does not follow the context, whatever the gain. Worked examples, "
+            "fewer rules or a larger teacher come first."
+        )
+    if gap.get("truncated", 0.0) > CUT_SHARE:
+        lines.append(
+            f"{100 * gap['truncated']:.0f} % of the answers in context were cut by "
+            "rollout.max_new_tokens, and are graded as they stand: raise it, or say in the context "
+            "how short an answer is."
+        )
+    return lines
 
 
 def _on_classes(gap: Mapping[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,12 @@ def locate(path: str) -> str:
         if not Path(path).is_file():
             raise ModelError(f"model.path = {path!r}: there is no such file; correct the path")
         return str(convert_gguf(Path(path)))
+    near = get_close_matches(path, ALIASES, n=1, cutoff=0.8)
+    if near and not Path(path).is_dir():
+        raise ModelError(
+            f"model.path = {path!r}: there is no such folder, and a hub id has an owner before a "
+            f"slash; did you mean {near[0]!r}?"
+        )
     if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
         raise ModelError(f"model.path = {path!r}: there is no such folder; correct the path")
     return str(Path(path).expanduser()) if path.startswith("~") else path

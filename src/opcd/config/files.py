@@ -6,13 +6,23 @@ People write TOML; the resolved tree is written back as `config.json`.
 import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import SequenceMatcher, get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from opcd.config.run import Run
 from opcd.errors import ConfigError, ContextError, TaskError
+
+ELSEWHERE = {
+    "learning_rate": "optimizer.lr",
+    "max_steps": "steps",
+    "per_device_train_batch_size": "batch.rows_per_forward",
+    "lora_r": "model.tuning.rank",
+    "lora_alpha": "model.tuning.alpha",
+}
+"""What other trainers call some keys."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Run:
@@ -135,20 +145,67 @@ def _parse(tree: Mapping[str, Any], path: Path) -> Run:
     try:
         return Run.model_validate({"name": path.resolve().parent.name, **tree})
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
+        lines = [_explain(item, tree) for item in error.errors()]
         raise ConfigError(f"{path.name}:\n" + "\n".join(lines)) from error
 
 
-def _explain(item: Any) -> str:
-    where = ".".join(str(part) for part in item["loc"])
+def _explain(item: Any, tree: Mapping[str, Any]) -> str:
+    where = _written(item["loc"], tree)
     if item["type"] == "extra_forbidden":
-        return f"  {where}: there is no such key; check its spelling and its table"
+        return f"  {where}: there is no such key{_advise(where, item['loc'])}"
+    if item["type"] == "missing":
+        return f"  {where}: it is missing, and has no default; write it"
+    if item["type"] == "union_tag_invalid":
+        kind, kinds = item["ctx"]["tag"], item["ctx"]["expected_tags"]
+        return f"  {where}.type = {kind!r}: there is no such kind; write one of {kinds}"
     if item["type"] == "union_tag_not_found":
         return f"  {where}: it does not say which kind it is; write {where}.type = ... beside it"
     message = str(item["msg"]).removeprefix("Value error, ")
     if isinstance(item["input"], dict):
         return f"  {where or 'the run'}: {message}"
     return f"  {where} = {item['input']!r}: {message}"
+
+
+def _written(place: Sequence[Any], tree: Any) -> str:
+    """The place of an error as whoever wrote the file knows it: without the kinds in between."""
+    found: list[str] = []
+    for index, part in enumerate(place):
+        is_there = part in tree if isinstance(tree, dict) else isinstance(tree, list)
+        # What is missing comes last, in a table that is there.
+        is_missing = isinstance(tree, dict) and index + 1 == len(place)
+        if is_there or is_missing:
+            found.append(str(part))
+            tree = tree[part] if is_there else None
+    return ".".join(found)
+
+
+def _advise(key: str, place: Sequence[Any]) -> str:
+    """What to do about a key that is not there."""
+    table, _, leaf = key.rpartition(".")
+    if key in _keys_of(Run):
+        kinds = [part for part in place[:-1] if part not in table.split(".")]
+        return f" with {table}.type = {kinds[-1]!r}; another type has it" if kinds else ""
+    near = ELSEWHERE.get(leaf) or _nearest(key)
+    return f"; did you mean {near}?" if near else "; check its spelling and its table"
+
+
+def _nearest(key: str) -> str:
+    """A key that there is and that looks like this one; its table counts less than its name."""
+    leaf = key.rpartition(".")[2]
+    known = dict.fromkeys(_keys_of(Run))
+    leaves = get_close_matches(leaf, [one.rpartition(".")[2] for one in known], n=1)
+    same = [one for one in known if leaves and one.rpartition(".")[2] == leaves[0]]
+    return max(same, key=lambda one: SequenceMatcher(None, one, key).ratio(), default="")
+
+
+def _keys_of(kind: Any, table: str = "") -> Iterator[str]:
+    """All keys that a run may have, of whatever kinds its tables are."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        for name, field in kind.model_fields.items():
+            yield f"{table}{name}"
+            yield from _keys_of(field.annotation, f"{table}{name}.")
+    for inner in get_args(kind):
+        yield from _keys_of(inner, table)
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

@@ -78,6 +78,13 @@ class Run(Section):
         return bool(self.tasks and (self.tasks.validation or self.tasks.validation_share))
 
     @property
+    def has_test(self) -> bool:
+        """Whether there are rows or boards to measure on in the end."""
+        if self.game:
+            return self.game.boards.test > 0
+        return bool(self.tasks and (self.tasks.test or self.tasks.test_share))
+
+    @property
     def most_teacher_answers(self) -> float:
         """The largest share of a step's tasks and anchors that their teachers answer."""
         of_warmup = self.loss.warmup.teacher_fraction if self.loss.warmup else None
