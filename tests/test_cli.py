@@ -124,7 +124,7 @@ def test_check_warns_where_nothing_chooses_the_best_step(opcd: Opcd, tmp_path: P
     ("override", "message"),
     [
         ("stepz=3", "ConfigError: run.toml:\n  stepz: there is no such key"),
-        ("teacher={type='ema', decay=1.5}", "teacher.ema.decay = 1.5: Input should be less than 1"),
+        ("teacher={type='ema', decay=1.5}", "teacher.decay = 1.5: Input should be less than 1"),
         ("context.path=none.md", "none.md': there is no such file"),
         ("tasks.test=none.jsonl", "none.jsonl': there"),
         ("anchor.path=none.json", "none.json': there is no such file"),

@@ -153,7 +153,10 @@ def test_no_key_of_a_file_is_left_raw(whole_run_path: Path, tmp_path: Path) -> N
     text = text.split("config.json")[0]
     keys = set(re.findall(r"\b[a-z]+_[a-z_]+\b", text))
     known = {"in_context", "off_policy", "in_context_cached", "soft_prompt", "system_prompt"}
-    assert keys - known - {"token_kl", "lm_eval", "arc_easy", "word_perplexity"} == set()
+    assert (
+        keys - known - {"token_kl", "lm_eval", "arc_easy", "word_perplexity", "max_new_tokens"}
+        == set()
+    )
 
 
 def test_what_is_not_there_has_no_section(tmp_path: Path) -> None:

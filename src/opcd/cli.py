@@ -299,10 +299,7 @@ def export(
     from opcd.exporting import export_run
 
     agreed = export_run(run, folder)
-    console.print(
-        f"{folder}: float32 weights, which gave the run's own greedy answers to {agreed} prompts; "
-        "read in bfloat16, near ties may turn out otherwise"
-    )
+    console.print(f"{folder}: float32 weights, the run's own greedy answers to {agreed} prompts")
 
 
 @app.command()
