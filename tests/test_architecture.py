@@ -47,6 +47,7 @@ FLOORS = (
         "prefix_cache",
         "prefix_store",
         "teachers",
+        "scored",
         "remote",
         "rollouts",
         "rollouts.*",

@@ -163,6 +163,8 @@ def test_paths_of_overrides_are_the_users(tmp_path: Path, monkeypatch: pytest.Mo
         ("loss.support.k=16", r"loss\.support: .* write loss\.support\.type = \.\.\. beside it"),
         ("steps=0", r"steps = 0: .*greater than or equal to 1"),
         ("loss.direction=forward", r"loss\.direction = 'forward'"),
+        ('model.tuning.targets=["a", 3]', r"model\.tuning\.targets\.1 = 3"),
+        ("optimizer.betas=[0.9]", r"optimizer\.betas\.1: it is missing"),
         ("grader.type=exakt", r"grader\.type = 'exakt': there is no such kind; .*'exact'"),
     ],
 )

@@ -94,7 +94,8 @@ class Ends:
         """What each process says."""
         place = list(self.runs).index(name)
         files = [self.folder / f"ends-{process}.json" for process in range(2)]
-        ends = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        # One that was killed in its first run has written nothing.
+        ends = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
         return [one[place] for one in ends if len(one) > place]
 
     def plan(self) -> Path:
@@ -254,14 +255,25 @@ def assert_two_go_on(ends: Ends, name: str) -> None:
 
 
 def test_when_one_is_killed_the_other_says_so_and_the_run_goes_on(ends: Ends) -> None:
-    (left,) = ends.of("ddp_killed")
+    assert_the_rest_goes_on(ends, "ddp_killed")
+
+
+def test_the_same_where_weights_are_in_shards(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A pair of its own, since who is killed does nothing afterwards."""
+    runs = {"fsdp_killed": (*FULL, "launch.timeout_s=60")}
+    assert_the_rest_goes_on(run_all(tmp_path_factory, runs), "fsdp_killed")
+
+
+def assert_the_rest_goes_on(ends: Ends, name: str) -> None:
+    """One of two was killed: the other ends with what to do, and one alone ends the run."""
+    (left,) = ends.of(name)
     assert left["error"].startswith("LaunchError: process 0 of 2 lost the others")
     assert "--resume" in left["error"]
     assert ends.codes == [0, -signal.SIGKILL]
-    folder, run = open_run(ends.folder_of("ddp_killed", 2).path)
+    folder, run = open_run(ends.folder_of(name, 2).path)
     assert checkpoint.latest(folder.checkpoints).name == "step-2"
     assert train(run, resume=True).steps == 4
-    assert_same_numbers(folder, ends.folder_of("ddp_killed", 1))
+    assert_same_numbers(folder, ends.folder_of(name, 1))
 
 
 def test_only_the_main_process_speaks_and_writes(ends: Ends) -> None:
@@ -441,6 +453,15 @@ def test_a_moving_teacher_of_all_weights_is_refused_in_shards(tmp_path: Path) ->
     with pytest.raises(ConfigError, match="DeepSpeed"):
         check_shardable(settings(tmp_path, 'teacher={type="ema"}'), by_zero=True)
     check_shardable(settings(tmp_path), by_zero=True)
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    """Another one would be taken without a word."""
+    from opcd.launch import build_accelerator
+
+    missing = "cuda" if torch.backends.mps.is_available() else "mps"
+    with pytest.raises(ConfigError, match=f"model.device = '{missing}', but torch finds none"):
+        build_accelerator(settings(tmp_path, f"model.device={missing}"))
 
 
 def test_a_precision_that_accelerate_would_force_is_refused(

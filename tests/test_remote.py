@@ -15,7 +15,8 @@ from opcd.config.training import Loss, Sampled, TopK, Warmup
 from opcd.divergence import Listed
 from opcd.errors import ConfigError, ModelError, ServerError
 from opcd.models import hidden_states, output_head
-from opcd.remote import RemoteTeacher, meet_teacher, read_prompt_logprobs, rows_of
+from opcd.remote import RemoteTeacher, meet_teacher
+from opcd.scored import rows_of
 from opcd.weights import load_model
 from tiny import VOCABULARY, log_probs_of, pair_of, random_ids, rollout_of
 from vllm_fake import FakeVllm, failing, impatient, serving
@@ -49,13 +50,6 @@ def stats_of(score: Any, loss: Loss) -> Any:
     stats = stats_against(student_TD, output_head(student), score, BATCH.response_T, loss)
     (gradient_TD,) = torch.autograd.grad(stats.divergence_T.sum(), student_TD)
     return stats, gradient_TD
-
-
-def test_rows_are_whole_prompts_with_their_responses() -> None:
-    assert [(tuple(row.ids), row.tokens) for row in rows_of(BATCH)] == [
-        (pair.teacher_ids + rollout.response_ids, len(rollout.response_ids))
-        for pair, rollout in zip(PAIRS, ROLLOUTS, strict=True)
-    ]
 
 
 def test_a_list_is_the_teachers_own(fake: FakeVllm, tiny_model_path: Path) -> None:
@@ -180,22 +174,6 @@ def test_a_context_that_the_server_does_not_hold_is_refused(fake: FakeVllm) -> N
         meet(fake, Loss(support=TopK(k=8)), ids=30)
 
 
-@pytest.mark.parametrize(
-    ("entries", "message"),
-    [
-        ({"5": {"logprob": -1.0}}, "1 tokens instead of 2"),
-        ({"5": {"logprob": float("nan")}, "6": {"logprob": -1.0}}, "no log-probability"),
-        ({"5": {"logprob": -1.0}, "300": {"logprob": -1.0}}, "none of 300"),
-        ({"6": {"logprob": -1.0}, "7": {"logprob": -1.0}}, "5"),
-    ],
-)
-def test_nonsense_is_no_score(entries: Any, message: str) -> None:
-    row = rows_of(BATCH)[0]._replace(ids=[4, 5], tokens=1)
-    reply = {"choices": [{"prompt_logprobs": [None, entries]}]}
-    with pytest.raises((ValueError, LookupError), match=message):
-        read_prompt_logprobs(reply, row, 2, VOCABULARY)
-
-
 @pytest.mark.parametrize("entries", [None, [], "x", {"5": None}, {"5": {}}, {"five": -1.0}])
 @pytest.mark.parametrize("scored", ["", "x", "UEsDBA==", "k05VTVBZ", None, 7])
 def test_scores_of_another_shape_are_trouble_that_may_pass(
@@ -214,6 +192,31 @@ def test_scores_of_another_shape_are_trouble_that_may_pass(
     assert asked.sampled == pytest.approx(listed.sampled, abs=1e-5)
     troubles = teacher.servers[0].take_troubles()
     assert len(troubles) == 2 and all("nonsense" in trouble for trouble in troubles)
+
+
+@pytest.mark.parametrize("level", ["student_top_k", "teacher_top_k", "sampled"])
+def test_another_model_under_the_same_name_is_noticed(
+    fake: FakeVllm, tmp_path: Path, level: str
+) -> None:
+    """In the step, or where a run goes on: its scores of a known text are others."""
+    support = Sampled() if level == "sampled" else TopK(k=8)
+    fake.scores_ids = level == "student_top_k"
+    teacher, _ = meet(fake, Loss(support=support))
+    assert teacher.level == level
+    teacher.check_told()
+    kept = teacher.state()
+    tiny_llama(seed=9).save_pretrained(tmp_path / "other")
+    with serving(FakeVllm(tmp_path / "other", tokenizer(), scores_ids=fake.scores_ids)) as other:
+        later, _ = meet(other, Loss(support=support))
+        later.check_told()
+        with pytest.raises(ServerError, match=r"another model is called 'base'.*--resume"):
+            later.load_state(kept)
+        teacher.servers[0].url = other.url
+        with pytest.raises(ServerError, match="nats a token otherwise than the teacher"):
+            teacher.check_told()
+        both = Remote(servers=(fake.url, other.url), retries=0)
+        with pytest.raises(ConfigError, match="different models under the name 'base'"):
+            meet_teacher(both, Loss(support=support), tokenizer(), VOCABULARY, random_ids(20, 0))
 
 
 def test_a_server_that_stops_scoring_ends_the_run(fake: FakeVllm) -> None:

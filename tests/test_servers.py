@@ -55,6 +55,18 @@ def test_no_trouble_is_waited_out_for_ever(fake: FakeVllm, fault) -> None:
     assert len(fake.asked) == 3
 
 
+def test_who_waits_says_for_what_and_once(
+    fake: FakeVllm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Many requests wait for one server: one line; short waits are shown with their step alone."""
+    server = impatient(fake.url, retries=3)
+    for _ in range(2):
+        fake.faults["/v1/models"] = [failing(503)] * 3
+        find_model(server, None)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].endswith("asked again in 2 s") and "503" in lines[0]
+
+
 def test_pauses_double_and_end_at_thirty_seconds(fake: FakeVllm) -> None:
     pauses: list[float] = []
     fake.faults["/v1/models"] = [failing(500)] * 9

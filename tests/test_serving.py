@@ -236,7 +236,9 @@ FULL = ("model.tuning={type='full'}", "teacher={type='frozen'}", "optimizer.lr=0
 OF_TEACHER = "loss.support={type='top_k', of='teacher', k=8}"
 LOADS = "/v1/load_lora_adapter"
 RELOADS = "/collective_rpc"
-GOOD = 2 + 2 * 5
+KNOWN = 2
+"""A text by which each process knows the teacher again, at the start and with every step."""
+GOOD = 2 + KNOWN + 2 * (5 + KNOWN)
 """Requests to a teacher: a probe of each process, and 5 tasks in each of two steps; then a
 validation of 3 rows."""
 
@@ -282,7 +284,7 @@ CASES = {
     "remote": Case((OF_TEACHER,), teacher=True),
     "gone": Case((), 2, lambda _: once_loaded(5, 99), like="lora"),
     "gone_validating": Case((), 2, lambda _: once_loaded(4, 99), like="lora"),
-    "teacher_gone": Case((OF_TEACHER,), 1, lambda _: after(GOOD + 3), True, like="remote"),
+    "teacher_gone": Case((OF_TEACHER,), 1, lambda _: after(GOOD + 3 + KNOWN), True, like="remote"),
     "teacher_gone_validating": Case((OF_TEACHER,), 1, lambda _: after(GOOD), True, like="remote"),
 }
 ALONE = tuple(name for name, case in CASES.items() if not case.like)

@@ -270,18 +270,48 @@ def test_long_rows_without_an_opening_are_read_few_at_a_time(
 @pytest.mark.parametrize(
     "config", [training.Ema(), training.Live(), training.Refresh(every_steps=1)]
 )
-def test_moving_teachers_read_a_context_once_a_batch(config: Any) -> None:
-    """With the weights of the moment: nothing is kept until the next."""
+def test_moving_teachers_read_a_context_once_a_step(config: Any) -> None:
+    """With the weights of the moment, however many portions a step has; also when given back."""
     student = student_of(Lora(rank=4))
     teacher = teacher_of(config, student)
-    assert teacher.share(OPENINGS, PROBE) == "the teacher's weights move"
-    for seed in range(2):
+    assert teacher.share(OPENINGS, PROBE) is None
+    for seed in range(3):
         nudge(student, seed)
-        teacher.after_step(seed)
+        if seed < 2:
+            teacher.after_step(seed)
+        else:
+            teacher.load_state(teacher.state())
         with teacher.as_teacher():
             wanted_TV = seen_by_model(student, SHARING)
-        torch.testing.assert_close(seen_by(teacher, SHARING), wanted_TV, rtol=1e-3, atol=1e-4)
-        assert teacher.prefixes.bytes == 0
+        reads = teacher.prefixes.reads
+        for _ in range(2):
+            torch.testing.assert_close(seen_by(teacher, SHARING), wanted_TV, rtol=1e-3, atol=1e-4)
+        assert teacher.prefixes.reads == reads + 1
+
+
+def test_a_live_teacher_notices_weights_that_are_written_between_steps() -> None:
+    """As when a run is measured with its best ones."""
+    student = student_of(Lora(rank=4))
+    teacher = teacher_of(training.Live(), student)
+    assert teacher.share(OPENINGS, PROBE) is None
+    before_TV = seen_by(teacher, SHARING)
+    nudge(student, 5, size=1.0)
+    found_TV = seen_by(teacher, SHARING)
+    torch.testing.assert_close(found_TV, seen_by_model(student, SHARING), rtol=1e-3, atol=1e-4)
+    assert (found_TV - before_TV).abs().max() > 0.1
+
+
+def test_a_refreshed_teacher_reads_a_context_when_it_is_renewed() -> None:
+    student = student_of(Lora(rank=4))
+    teacher = teacher_of(training.Refresh(every_steps=2), student)
+    teacher.share(OPENINGS, PROBE)
+    reads = []
+    for step in range(4):
+        nudge(student, step)
+        seen_by(teacher, SHARING)
+        teacher.after_step(step)
+        reads.append(teacher.prefixes.reads)
+    assert reads == [1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("config", [training.AdapterOff(), training.Ema()], ids=["still", "moving"])

@@ -1,7 +1,7 @@
 """What is tuned in a model: an adapter or all of its weights; merged, shared, saved, given back."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -118,9 +118,10 @@ def _is_gated(block: Any) -> bool:
     opened = nn.functional.silu(block.gate_proj(x)) * block.up_proj(x)
     # As in training: some blocks drop a part of what comes out, which they do nowhere else.
     was_training, block.training = block.training, True
-    found = block(x)
-    block.training = was_training
-    return torch.equal(found, block.down_proj(opened))
+    try:
+        return torch.equal(block(x), block.down_proj(opened))
+    finally:
+        block.training = was_training
 
 
 def _is_plain(layer: Any) -> bool:
@@ -294,7 +295,8 @@ def save_weights(model: Any, folder: Path, weights: Mapping[str, Tensor] | None 
     # safetensors' own files may be read by nobody else, whatever the user's mask says.
     usual = next(folder.glob("*config.json")).stat().st_mode
     for file in folder.glob("*.safetensors"):
-        file.chmod(usual)
+        with suppress(PermissionError):  # a file system without such modes
+            file.chmod(usual)
 
 
 def load_weights(model: Any, folder: Path) -> None:

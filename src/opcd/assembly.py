@@ -10,6 +10,7 @@ from accelerate.utils import set_seed
 
 from opcd import adapters, models, weights
 from opcd.anchors import AnchorSet, load_anchors
+from opcd.attention import why_no_prefix
 from opcd.checking import check_select_by, warnings
 from opcd.config import Run, check_files, training
 from opcd.errors import ConfigError
@@ -173,6 +174,8 @@ def _load_student(config: Run, device: torch.device, dtype: torch.dtype) -> Any:
     model = weights.load_model(config.model.path, stored, config.model.revision)
     models.check_head(model)
     models.check_rows(model)
+    # Asked while all weights are here and nothing is trained: it reads a few tokens.
+    why_no_prefix(model)
     if config.model.gradient_checkpointing:
         # The name it has in later versions of transformers 5, which warn of the other.
         enable = getattr(model, "activation_checkpointing_enable", None)
@@ -252,7 +255,10 @@ def share_openings(teacher: LocalTeacher, items: Mapping[str, Sequence[Item]]) -
     probe = next(ids for ids in prompts if openings.of(ids) == lengths[-1])
     if reason := teacher.share(openings, probe):
         return [f"{what} read with every prompt: {reason}"]
-    notes = [f"{what} read once" + (" each" if count > 1 else "")]
+    if teacher.moves and (read_fsdp() or read_zero()):
+        return [f"{what} read with every prompt: the teacher's weights move, in shards"]
+    again = ", and again when the teacher has moved" if teacher.moves else ""
+    notes = [f"{what} read once" + (" each" if count > 1 else "") + again]
     if openings.without:
         notes.append(
             f"{openings.without} of {len(prompts)} prompts looked at share no context of "

@@ -7,6 +7,8 @@ the rest by what comes out; they are left to transformers.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from inspect import signature
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -60,7 +62,7 @@ def _why_other_attention(model: Any) -> str | None:
         try:
             is_same = _attends_alike(model)
         # It hands on less than its decoder is told, or heads of other shapes.
-        except (TypeError, RuntimeError):
+        except (TypeError, RuntimeError, AttributeError, LookupError, ValueError):
             is_same = False
         finally:
             model.train(was_training)
@@ -73,15 +75,15 @@ def _why_other_attention(model: Any) -> str | None:
 def _attends_alike(model: Any) -> bool:
     """Whether rows in one sequence have the states that each has alone, with what a cache keeps."""
     decoder, rows = model.get_decoder(), [(1, 2, 3, 5), (1, 2, 4)]
-    layout, cache = lay_out(rows, model.device), DynamicCache(config=model.config)
+    layout, kept = lay_out(rows, model.device), DynamicCache(config=model.config)
     seen: list[tuple[int, Tensor, Tensor]] = []
-    told = {"past_key_values": cache, "use_cache": True, "layout": layout, "seen": seen}
+    told = {**keeping_in(kept, decoder), "layout": layout, "seen": seen}
     with attend_by(model, "opcd_ragged"):
         read = decoder(input_ids=layout.ids_1T, position_ids=layout.positions(), **told)
-    kept: list[Any] = list(cache.layers)
-    if [index for index, _, _ in seen] != list(range(len(kept))):
+    layers: list[Any] = list(kept.layers)
+    if [index for index, _, _ in seen] != list(range(len(layers))):
         return False
-    for layer, (_, key, value) in zip(kept, seen, strict=True):
+    for layer, (_, key, value) in zip(layers, seen, strict=True):
         sides = (layer.keys, key), (layer.values, value)
         if key.shape != value.shape or not all(torch.equal(*side) for side in sides):
             return False
@@ -93,6 +95,17 @@ def _attends_alike(model: Any) -> bool:
         if not (found_SD - wanted_SD).norm() <= limit * wanted_SD.norm():
             return False
     return True
+
+
+def keeping_in(kept: DynamicCache | None, decoder: Any) -> dict[str, Any]:
+    """What a decoder is told so that it keeps keys and values there, or nowhere."""
+    return {_cache_name(type(decoder)): kept, "use_cache": kept is not None}
+
+
+@cache
+def _cache_name(kind: type[Any]) -> str:
+    """What decoders of this kind call it: from 5.24 on, transformers has another name."""
+    return "cache" if "cache" in signature(kind.forward).parameters else "past_key_values"
 
 
 def compute_dtype(model: Any) -> torch.dtype:

@@ -74,13 +74,16 @@ def room_warnings(run: Run, tasks: Sequence[Task]) -> list[str]:
         positions = shape_of(run.model.path).positions
     except ConfigError:
         return []
-    context = max(_context_tokens(run, tasks), default=0)
-    prompt, response = _longest_prompt(run, tasks), run.rollout.max_new_tokens
-    if not positions or context + prompt + response <= positions:
+    response = max(run.rollout.max_new_tokens, run.anchor.max_new_tokens)
+    if isinstance(run.context, Coach) or not (positions and tasks):
+        return []
+    longest = max(_characters(task) + _shown(load_context(run.context, task)) for task in tasks)
+    prompt = longest // CHARACTERS_A_TOKEN
+    if prompt + response <= positions:
         return []
     return [
-        f"warning: about {context} tokens of context, {prompt} of a prompt and {response} of a "
-        f"response (at {CHARACTERS_A_TOKEN} characters a token) are more than the {positions} that "
+        f"warning: a prompt with its context of about {prompt} tokens (at {CHARACTERS_A_TOKEN} "
+        f"characters a token) and a response of {response} are more than the {positions} that "
         f"{run.model.path} takes; shorten one of them, or take another model"
     ]
 

@@ -31,7 +31,7 @@ RunPath = Annotated[Path, typer.Argument(help="A folder under runs/.", show_defa
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="key.path=value ...", show_default=False)
 ]
-AnswersShown = Annotated[int, typer.Option(help="Show this many answers side by side.")]
+AnswersShown = Annotated[int, typer.Option(min=1, help="Show so many answers side by side.")]
 
 
 @app.callback()

@@ -86,6 +86,12 @@ def build_accelerator(config: Run) -> Accelerator:
     still = DistributedDataParallelKwargs(broadcast_buffers=False)
     with _without_deepspeed():
         accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=[still])
+    if config.model.device not in ("auto", accelerator.device.type):
+        raise ConfigError(
+            f"model.device = {config.model.device!r}, but torch finds none here, and would compute "
+            f"on {accelerator.device.type!r}; install a torch that is built for it, or leave "
+            "model.device out"
+        )
     check_processes(config, accelerator, dtype, by_zero)
     return accelerator
 

@@ -16,7 +16,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import DynamicCache
 
 from opcd.adapters import causal_model, in_shards
-from opcd.attention import DIFFERENCE, attend_by, compute_dtype, why_no_prefix
+from opcd.attention import (
+    DIFFERENCE,
+    attend_by,
+    compute_dtype,
+    keeping_in,
+    why_no_prefix,
+)
 from opcd.batching import WIDTH_STEP, Batch, Side
 from opcd.chunking import Head, TeacherScore, stats_against
 from opcd.config.training import Loss
@@ -98,10 +104,11 @@ def hidden_states(model: Any, side: Side) -> Tensor:
         if not shared:
             return side.take(decoder(input_ids=side.ids_BS, use_cache=False).last_hidden_state)
         cache = DynamicCache(config=causal_model(model).config)
-        decoder(input_ids=side.ids_BS[:1, :shared], past_key_values=cache, use_cache=True)
+        kept = keeping_in(cache, decoder)
+        decoder(input_ids=side.ids_BS[:1, :shared], **kept)
         cache.batch_repeat_interleave(len(side.ids_BS))
         rest_BS = side.ids_BS[:, shared:]
-        hidden_BSD = decoder(input_ids=rest_BS, past_key_values=cache).last_hidden_state
+        hidden_BSD = decoder(input_ids=rest_BS, **kept).last_hidden_state
     return hidden_BSD[side.row_T, side.column_T - shared]
 
 
@@ -244,7 +251,7 @@ def check_rows(model: Any) -> None:
     behind_SD = decoder(input_ids=padded_1S, use_cache=False, **told).last_hidden_state[0, 2:]
     for place, found_SD in (("before other tokens", before_SD), ("behind padding", behind_SD)):
         apart = (found_SD - alone_SD).norm() / alone_SD.norm()
-        if apart > 2 * DIFFERENCE.get(compute_dtype(model), 0.1):
+        if not apart <= 2 * DIFFERENCE.get(compute_dtype(model), 0.1):
             raise ModelError(
                 f"{type(causal_model(model)).__name__} does not read a row {place} as it reads it "
                 f"alone ({apart:.0%} apart), so batches would change its answers; use another model"

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 
 from opcd.adapters import causal_model
-from opcd.attention import attend_by, compute_dtype
+from opcd.attention import attend_by, compute_dtype, keeping_in
 from opcd.batching import Side
 from opcd.models import can_be_ragged, read_as_one
 from opcd.ragged import Layout, attend, lay_out
@@ -68,7 +68,7 @@ def read_prefix(model: Any, ids: Sequence[int]) -> SharedPrefix:
         if done:
             forward_after_prefix(model, [_prefix_of(whole, ids[:done])], part_1P, cache=cache)
         else:
-            decoder(input_ids=part_1P, past_key_values=cache, use_cache=True)
+            decoder(input_ids=part_1P, **keeping_in(cache, decoder))
         new = keep_prefix(model, cache, ids[done : done + len(part_P)])
         if len(ids) == new.tokens:
             return new
@@ -145,8 +145,7 @@ def forward_after_prefix(
             input_ids=ids_BS,
             attention_mask=None if is_fused else _own_mask(mask_BS, ids_BS.shape[1]),
             position_ids=positions_BS,
-            past_key_values=cache,
-            use_cache=cache is not None,
+            **keeping_in(cache, decoder),
             shared_prefixes=find_blocks(prefixes),
         ).last_hidden_state
 

@@ -9,30 +9,27 @@ By what the servers can do, found out before the first step:
 Every prompt is sent whole; a context that prompts share is the servers' own to read once.
 """
 
-import base64
-import io
 import json
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
-import numpy
 import torch
-from numpy.lib.format import read_array
 from torch import Tensor
 
 from opcd.batching import Batch
 from opcd.chunking import Asked, TeacherScore
 from opcd.config.training import Loss, Remote, TopK
-from opcd.divergence import ABSENT, Listed
+from opcd.divergence import Listed
 from opcd.errors import ConfigError, ServerError
 from opcd.models import PROBES
 from opcd.openings import Openings
+from opcd.scored import Row, Scored, join, read_prompt_logprobs, read_scores, rows_of
 from opcd.servers import (
     Refusal,
     Server,
-    check_log_probs,
     check_room,
     check_tokenizer,
     connect,
@@ -52,21 +49,10 @@ MEANING: dict[Level, str] = {
 
 PROBE_TOKENS = 8
 """Of a prompt, on which a server is tried."""
-
-
-class Scored(NamedTuple):
-    """One response's tokens, as a server scores them."""
-
-    ids: list[list[int]]
-    log_probs: list[list[float]]
-    sampled: list[float]
-
-
-class Row(NamedTuple):
-    """A prompt with its response: the last `tokens` of `ids`."""
-
-    ids: list[int]
-    tokens: int
+KNOWN_TOKENS = 64
+"""Of a prompt, by whose scores a model is known again."""
+MOST_APART_NATS = 0.2
+"""Rounding moves one model's scores by less, a token on average; another's are further away."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +72,9 @@ class RemoteTeacher:
     """Whether other processes make the same passes. A failure then waits for `check_told`, and the
     passes until there are made with figures that mean nothing."""
     failures: list[str] = field(default_factory=list)
+    known: dict[str, list[Any]] = field(default_factory=dict)
+    """`ids` of a text that is scored again in every step, to see that it is the same model still,
+    and the `nats` of all but the first when the run began: their log-probabilities."""
 
     def score(self, batch: Batch) -> TeacherScore:
         """What the loss gets to know of the teacher at the response tokens."""
@@ -115,6 +104,31 @@ class RemoteTeacher:
             first = self.failures[0]
             self.failures.clear()
             raise ServerError(first)
+        for server, apart_nats in self.apart_nats() if self.known else ():
+            if not apart_nats <= MOST_APART_NATS:
+                raise ServerError(
+                    f"{server.url} scores a text {apart_nats:.2f} nats a token otherwise than the "
+                    f"teacher that this run began with, so another model is called {self.model!r} "
+                    "there; serve the first one again, then continue with --resume"
+                )
+
+    def apart_nats(self) -> list[tuple[Server, float]]:
+        """How far each server's scores of the known text are from those known, on average."""
+        row = Row(self.known["ids"], len(self.known["nats"]))
+        scored = self._spread([row] * len(self.servers), self.score_row)
+        pairs = [zip(one.sampled, self.known["nats"], strict=True) for one in scored]
+        means = [statistics.fmean(abs(now - then) for now, then in pair) for pair in pairs]
+        return list(zip(self.servers, means, strict=True))
+
+    def score_row(self, server: Server, row: Row) -> Scored:
+        """A response's tokens, in the way that this server does it.
+
+        Raises:
+            Refusal: the server does not do this.
+        """
+        if self.level == "student_top_k":
+            return self.ask_ids(server, row, [list(range(self.k))] * row.tokens)
+        return self.ask_list(server, row, self.k if self.level == "teacher_top_k" else 0)
 
     def check_lists(self, k: int, why: str) -> None:
         """Refuse servers that do not list the `k` likeliest tokens.
@@ -135,11 +149,19 @@ class RemoteTeacher:
         """It does not move."""
 
     def state(self) -> dict[str, Tensor]:
-        """Nothing to give back."""
-        return {}
+        """By what the teacher is known again."""
+        return {f"known_{name}": torch.tensor(row).double() for name, row in self.known.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Nothing to continue from."""
+        """Continue with the teacher that the run began with.
+
+        Raises:
+            ServerError: another model is served under its name.
+        """
+        if state:
+            self.known["ids"] = state["known_ids"].long().tolist()
+            self.known["nats"] = state["known_nats"].tolist()
+            self.check_told()
 
     def ask_list(self, server: Server, row: Row, k: int) -> Scored:
         """One response's tokens with the `k` likeliest at each.
@@ -214,67 +236,6 @@ class RemoteTeacher:
         return spread(self.servers, asked, self.parallel, trusting)
 
 
-def rows_of(batch: Batch) -> list[Row]:
-    """Each teacher prompt of a batch with its response."""
-    side, rows = batch.teacher, []
-    counts = torch.bincount(side.row_T, minlength=batch.sequences).tolist()
-    ends = torch.tensor(counts).cumsum(0).sub(1).tolist()
-    for row, (count, end) in enumerate(zip(counts, ends, strict=True)):
-        last = int(side.column_T[end])
-        # The last response token predicts nothing here, and so is not on the side.
-        read = side.ids_BS[row, : last + 1].tolist()
-        rows.append(Row([*read, int(batch.response_T[end])], count))
-    return rows
-
-
-def read_prompt_logprobs(reply: Any, row: Row, k: int, vocabulary: int) -> Scored:
-    """The response tokens' part of vLLM's `prompt_logprobs`.
-
-    Raises:
-        ValueError: it does not belong to this row, or means nothing.
-    """
-    told = reply["choices"][0]["prompt_logprobs"]
-    if len(told) != len(row.ids):
-        raise ValueError(f"{len(told)} positions instead of {len(row.ids)}")
-    found = Scored([], [], [])
-    for token, entries in zip(row.ids[-row.tokens :], told[-row.tokens :], strict=True):
-        known = {int(i): float(entry["logprob"]) for i, entry in entries.items()}
-        check_log_probs(known.values())
-        if not all(0 <= i < vocabulary for i in known):
-            raise ValueError(f"an id that is none of {vocabulary}")
-        if len(known) < k:
-            raise ValueError(f"{len(known)} tokens instead of {k}")
-        found.sampled.append(known[token])
-        first = sorted(known, key=lambda i: -known[i])[:k] if k else [token]
-        found.ids.append(first)
-        found.log_probs.append([known[i] for i in first])
-    return found
-
-
-def read_scores(encoded: str, rows: int, columns: int) -> list[list[float]]:
-    """A table of scores, as vLLM sends it: an array file in base 64.
-
-    Raises:
-        ValueError: it has another shape, or holds what is no log-probability.
-    """
-    table = read_array(io.BytesIO(base64.b64decode(encoded)), allow_pickle=False)
-    if table.shape != (rows, columns):
-        raise ValueError(f"a table of {table.shape} instead of {(rows, columns)}")
-    # A log-probability of -inf is one that rounds to nothing.
-    found = numpy.maximum(table.astype(float), ABSENT).tolist()
-    for line in found:
-        check_log_probs(line)
-    return found
-
-
-def join(found: Sequence[Scored]) -> Listed:
-    """Rows of several responses as tensors."""
-    ids = [line for one in found for line in one.ids]
-    log_probs = [line for one in found for line in one.log_probs]
-    sampled = [value for one in found for value in one.sampled]
-    return Listed(torch.tensor(ids), torch.tensor(log_probs), torch.tensor(sampled))
-
-
 def meet_teacher(
     config: Remote, loss: Loss, tokenizer: Any, vocabulary: int, prompt_ids: Sequence[int]
 ) -> tuple[RemoteTeacher, list[str]]:
@@ -307,13 +268,39 @@ def meet_teacher(
     model = served[0].model
     teacher = RemoteTeacher(servers, model, "sampled", k, vocabulary, config.parallel)
     level, refused = find_level(teacher, wanted_levels(config, loss), prompt_ids[:PROBE_TOKENS])
+    teacher = know_again(replace(teacher, level=level), prompt_ids[:KNOWN_TOKENS])
     urls = ", ".join(server.url for server in servers)
     notes = [
         f"the teacher is {model!r} on {urls}: it {MEANING[level].format(k=k)}",
         *refused,
         "KL figures are those of the listed tokens, all others taken as one: a lower bound",
     ]
-    return replace(teacher, level=level), notes
+    return teacher, notes
+
+
+def know_again(teacher: RemoteTeacher, ids: Sequence[int]) -> RemoteTeacher:
+    """The teacher with a text by whose scores it is known.
+
+    Raises:
+        ConfigError: the servers score it differently.
+    """
+    first = teacher.servers[0]
+    try:
+        nats = teacher.score_row(first, Row(list(ids), len(ids) - 1)).sampled
+    except Refusal as refusal:
+        raise ConfigError(
+            f"{first.url} does not score a text of {len(ids)} tokens: {words_of(refusal)}; see "
+            "how it was started"
+        ) from None
+    found = replace(teacher, known={"ids": list(ids), "nats": nats})
+    for server, apart_nats in found.apart_nats() if len(teacher.servers) > 1 else ():
+        if not apart_nats <= MOST_APART_NATS:
+            raise ConfigError(
+                f"{first.url} and {server.url} score one text {apart_nats:.2f} nats a token "
+                f"apart, so they serve different models under the name {teacher.model!r}; give "
+                "servers of one model as teacher.servers"
+            )
+    return found
 
 
 def wanted_levels(config: Remote, loss: Loss) -> list[Level]:
@@ -353,12 +340,8 @@ def _why_not(
     teacher: RemoteTeacher, server: Server, level: Level, prompt_ids: Sequence[int]
 ) -> str | None:
     """Why a server refuses a level; `None` if it does not."""
-    row = Row(list(prompt_ids), 1)
     try:
-        if level == "student_top_k":
-            teacher.ask_ids(server, row, [list(range(teacher.k))])
-        else:
-            teacher.ask_list(server, row, teacher.k if level == "teacher_top_k" else 0)
+        replace(teacher, level=level).score_row(server, Row(list(prompt_ids), 1))
     except Refusal as refusal:
         return words_of(refusal)
     return None

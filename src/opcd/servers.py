@@ -138,6 +138,7 @@ class Server:
     troubles: list[str] = field(default_factory=list)
     """Why something had to be sent or done again, once for each time."""
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _told_until: float = 0.0
     _has_answered: bool = False
     """Whether address and key have proved right, so that a doubt about them is a trouble."""
 
@@ -182,9 +183,16 @@ class Server:
             self.troubles.append(f"{self.url}: {trouble}")
 
     def _tell_of_waiting(self, trouble: str, wait_s: float) -> None:
-        """Say that somebody waits, and for what: the step that would show it may not come."""
-        if wait_s >= TOLD_WAIT_S:
-            print(f"{self.url}: {trouble}; asked again in {wait_s:.0f} s", file=sys.stderr)
+        """Say that somebody waits, and for what: the step that would show it may not come.
+
+        Once for all that wait at the same time.
+        """
+        with self._lock:
+            is_told = time.monotonic() < self._told_until
+            if wait_s < TOLD_WAIT_S or is_told:
+                return
+            self._told_until = time.monotonic() + wait_s
+        print(f"{self.url}: {trouble}; asked again in {wait_s:.0f} s", file=sys.stderr)
 
     def take_troubles(self) -> list[str]:
         """The troubles since this was last asked."""

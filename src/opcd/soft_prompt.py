@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from opcd.adapters import causal_model, trainable
 from opcd.assembly import Parts
-from opcd.attention import attend_by
+from opcd.attention import attend_by, keeping_in
 from opcd.batching import Side, collate
 from opcd.chunking import chunked_stats
 from opcd.config.training import ExactSupport
@@ -137,7 +137,8 @@ def read_soft_prompt(tuned: Any) -> SharedPrefix:
     model = causal_model(tuned)
     cache = DynamicCache(config=model.config)
     soft_1PD = tuned.get_prompt(batch_size=1).to(model.dtype)
-    model.get_decoder()(inputs_embeds=soft_1PD, past_key_values=cache, use_cache=True)
+    decoder = model.get_decoder()
+    decoder(inputs_embeds=soft_1PD, **keeping_in(cache, decoder))
     # Virtual tokens have no ids.
     return keep_prefix(model, cache, (-1,) * soft_1PD.shape[1])
 

@@ -8,7 +8,7 @@
     remote        a model on a server, which `remote` speaks to
 
 Only the first two stand still, so only they can read a shared context once for the whole run; the
-others read it once for each batch.
+others read it again when they have moved.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from opcd.adapters import adapter_off, trainable
+from opcd.adapters import adapter_off, trainable, writes_to
 from opcd.attention import compute_dtype, why_no_prefix
 from opcd.batching import Batch, Side
 from opcd.chunking import Head, Hidden, TeacherScore
@@ -88,10 +88,13 @@ class Shadow:
             self._swap()
 
     @torch.no_grad()
-    def after_step(self, step: int) -> None:
-        """Follow the student."""
+    def after_step(self, step: int) -> bool:
+        """Follow the student; whether anything was written."""
+        parts = {name: own_part(weight) for name, weight in self.weights.items()}
+        before = sum(part._version for part in parts.values())
         for name, live in trainable(self.model).items():
-            self.follow(step, own_part(self.weights[name]), own_part(live.detach()))
+            self.follow(step, parts[name], own_part(live.detach()))
+        return sum(part._version for part in parts.values()) != before
 
     @torch.no_grad()
     def _swap(self) -> None:
@@ -125,6 +128,9 @@ class LocalTeacher:
     """What it has read of them."""
     whole: str | None = None
     """Why every prompt is read in full; `None` where none has to be."""
+    _is_ready: bool = field(init=False, default=False)
+    _read_at: int = field(init=False, default=0)
+    """How often the weights of a live teacher had been written to when an opening was read."""
 
     def __post_init__(self) -> None:
         """Take the head once; where it is trained, with the teacher's weights in place."""
@@ -152,6 +158,7 @@ class LocalTeacher:
         if self.inside:
             with self._ready():
                 return self.inside(partial(self._at_one_go, side))
+        self._forget_if_written()
         prompts = side.prompts()
         cuts = [0] * len(prompts) if self.whole else self._cuts(prompts)
         if not any(cuts) and side.ids_BS.numel() <= WHOLE_TOKENS:
@@ -173,7 +180,9 @@ class LocalTeacher:
         return hidden_TD[torch.cat(places).argsort()]
 
     def share(self, openings: Openings, probe: Ids) -> str | None:
-        """Read what a run's prompts share once and for all, each when it is first needed.
+        """Read what a run's prompts share once, each when it is first needed.
+
+        A teacher that moves reads it again when it has moved.
 
         Args:
             openings: of all prompts of the run.
@@ -182,10 +191,9 @@ class LocalTeacher:
         Returns:
             The reason why the prompts are read in full all the same; `None` if they are not.
         """
-        if self.moves:
-            return "the teacher's weights move"
         if self.whole:
             return self.whole
+        self._forget_if_written()
         cut = openings.of(probe)
         with self._ready(), torch.no_grad():
             kl_nats = self._prefix_error(self.prefixes.get(probe[:cut]), probe[cut:])
@@ -201,10 +209,11 @@ class LocalTeacher:
         """Take note that the weights are about to be cut, and are whole only within `inside`.
 
         Passes over them are from then on one for each batch, as in all processes. So what fits of
-        the run's openings is read now, and nothing afterwards.
+        the run's openings is read now, and nothing afterwards: a teacher that moves reads in full.
         """
-        room = self.prefixes.most_tokens
-        for ids in () if self.whole else self.openings.known:
+        known = [] if self.whole or self.moves else self.openings.known
+        room = self.prefixes.most_tokens if known else 0
+        for ids in known:
             room -= len(ids)
             if room >= 0:
                 self.prefixes.get(ids)
@@ -223,8 +232,9 @@ class LocalTeacher:
 
     def after_step(self, step: int) -> None:
         """Take note that the student has moved."""
-        if self.shadow:
-            self.shadow.after_step(step)
+        has_moved = self.shadow.after_step(step) if self.shadow else self.moves
+        if has_moved:
+            self.prefixes.clear()
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run has to give back; the main process has it, and all ask together."""
@@ -232,9 +242,16 @@ class LocalTeacher:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Continue from a saved state."""
+        self.prefixes.clear()
         if self.shadow:
             for name, weight in self.shadow.weights.items():
                 give(weight, state[name])
+
+    def _forget_if_written(self) -> None:
+        """A live teacher's weights may be written between steps too, as when a run is measured."""
+        if self.moves and not self.shadow and self._read_at != writes_to(self.model):
+            self._read_at = writes_to(self.model)
+            self.prefixes.clear()
 
     def _cuts(self, prompts: Sequence[Ids]) -> list[int]:
         """How many tokens of each are read once: of the run's openings, or the batch's own."""
@@ -248,7 +265,7 @@ class LocalTeacher:
         """`hidden_TD` of rows that all have an opening, or none."""
         if not openings[0]:
             return hidden_states(self.model, own)
-        # The batch's own openings are not kept: others will take their place, or the weights move.
+        # The batch's own openings are not kept: others will take their place.
         read = {
             ids: self.prefixes.get(ids) if ids in self.openings else read_prefix(self.model, ids)
             for ids in dict.fromkeys(openings)
@@ -273,13 +290,18 @@ class LocalTeacher:
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
-        was_training = self.model.training
+        # An opening may be read in the middle of it: a shadow must not be put back by that.
+        if self._is_ready:
+            yield
+            return
+        was_training, self._is_ready = self.model.training, True
         self.model.eval()
         try:
             with self.as_teacher(), self.autocast():
                 yield
         finally:
             self.model.train(was_training)
+            self._is_ready = False
 
 
 def build_teacher(

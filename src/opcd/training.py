@@ -24,6 +24,7 @@ from opcd.errors import CheckpointError, ConfigError, RolloutError, RunFolderErr
 from opcd.evaluation import validate
 from opcd.interruption import Interruption
 from opcd.launch import (
+    agreed,
     build_accelerator,
     check_shardable,
     on_main,
@@ -323,7 +324,8 @@ def restore(parts: Parts, trainer: Trainer, folder: RunFolder) -> dict[str, Any]
     groups = snapshot.facts["optimizer_groups"]
     checkpoint.unpack_optimizer(trainer.optimizer, snapshot.tensors["optimizer"], groups)
     trainer.scheduler.load_state_dict(snapshot.facts["scheduler"])
-    parts.teacher.load_state(dict(snapshot.tensors["teacher"]))
+    of_teacher = dict(snapshot.tensors["teacher"])
+    agreed(parts.accelerator, lambda: parts.teacher.load_state(of_teacher))
     checkpoint.restore_random(snapshot.tensors["random"], parts.accelerator.process_index)
     trainer.step, trainer.skipped_steps = snapshot.step, snapshot.facts["skipped_steps"]
     trainer.owes_validation = snapshot.facts.get("owes_validation", False)

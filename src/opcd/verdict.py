@@ -1,6 +1,7 @@
 """What to expect of baking a context, in words, from `gap.json`; no model is needed to say it."""
 
 from collections.abc import Mapping
+from textwrap import shorten
 from typing import Any
 
 from opcd.intervals import SIGNIFICANT
@@ -20,6 +21,8 @@ ALIKE_MORE = 0.2
 """if the commonest right answer is rarer by so much."""
 CUT_SHARE = 0.1
 """So many answers in context that the token limit cuts are worth a word."""
+SHOWN_WIDTH = 60
+"""Characters of an answer that are shown."""
 LARGE_CONTEXT_TOKENS = 8_000
 """More than this is a library rather than a behaviour."""
 
@@ -85,11 +88,12 @@ def _on_reading(gap: Mapping[str, Any]) -> list[str]:
     """Whether the answers in context can be those of a model that does the task."""
     lines, found = [], gap.get("commonest")
     if found and found["share"] >= max(ALIKE_SHARE, found["right_share"] + ALIKE_MORE):
+        text = shorten(found["text"], SHOWN_WIDTH)
         lines.append(
-            f"{100 * found['share']:.0f} % of the answers in context are the same, "
-            f"{found['text']!r}, which is right for {100 * found['right_share']:.0f} % of the rows "
-            "at most: this model does not follow the context, whatever the gain. Worked examples, "
-            "fewer rules or a larger teacher come first."
+            f"{100 * found['share']:.0f} % of the answers in context are the same, {text!r}, "
+            f"which is right for {100 * found['right_share']:.0f} % of the rows at most: "
+            "this model does not follow the context, whatever the gain. Worked examples, fewer "
+            "rules or a larger teacher come first."
         )
     if gap.get("truncated", 0.0) > CUT_SHARE:
         lines.append(

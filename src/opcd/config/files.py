@@ -150,7 +150,7 @@ def _parse(tree: Mapping[str, Any], path: Path) -> Run:
 
 
 def _explain(item: Any, tree: Mapping[str, Any]) -> str:
-    where = _written(item["loc"], tree)
+    where = _written(item, tree)
     if item["type"] == "extra_forbidden":
         return f"  {where}: there is no such key{_advise(where, item['loc'])}"
     if item["type"] == "missing":
@@ -166,17 +166,19 @@ def _explain(item: Any, tree: Mapping[str, Any]) -> str:
     return f"  {where} = {item['input']!r}: {message}"
 
 
-def _written(place: Sequence[Any], tree: Any) -> str:
+def _written(item: Any, tree: Any) -> str:
     """The place of an error as whoever wrote the file knows it: without the kinds in between."""
     found: list[str] = []
-    for index, part in enumerate(place):
-        is_there = part in tree if isinstance(tree, dict) else isinstance(tree, list)
-        # What is missing comes last, in a table that is there.
-        is_missing = isinstance(tree, dict) and index + 1 == len(place)
-        if is_there or is_missing:
+    for part in item["loc"]:
+        if isinstance(tree, dict):
+            is_there = part in tree
+        else:
+            is_there = isinstance(tree, list) and isinstance(part, int) and part < len(tree)
+        if is_there:
             found.append(str(part))
-            tree = tree[part] if is_there else None
-    return ".".join(found)
+            tree = tree[part]
+    missing = [str(item["loc"][-1])] if item["type"] == "missing" else []
+    return ".".join([*found, *missing])
 
 
 def _advise(key: str, place: Sequence[Any]) -> str:
@@ -184,7 +186,8 @@ def _advise(key: str, place: Sequence[Any]) -> str:
     table, _, leaf = key.rpartition(".")
     if key in _keys_of(Run):
         kinds = [part for part in place[:-1] if part not in table.split(".")]
-        return f" with {table}.type = {kinds[-1]!r}; another type has it" if kinds else ""
+        if kinds:
+            return f" with {table}.type = {kinds[-1]!r}; another type has it"
     near = ELSEWHERE.get(leaf) or _nearest(key)
     return f"; did you mean {near}?" if near else "; check its spelling and its table"
 

@@ -174,7 +174,8 @@ class Tasks(Section):
     validation: tuple[Source, ...] = ()
     test: tuple[Source, ...] = ()
     validation_share: Share = 0.0
-    """Take this share of the train groups as validation, where no source is given."""
+    """Where no source is given: take whole groups of the train rows until they are this share of
+    the rows still there; test first, then validation, then extraction."""
     test_share: Share = 0.0
     extraction_share: Share = 0.0
     """Take this share as problems that experience is gathered from; see `experience.problems`."""

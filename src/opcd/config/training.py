@@ -41,8 +41,8 @@ class Model(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of matrix products and of weights that are not trained; those that are stay in float32.
     `auto` is bfloat16 where the device multiplies it natively."""
-    device: str = "auto"
-    """`auto`, `cpu`, `mps` or `cuda`; a launched process keeps the device it was given."""
+    device: Literal["auto", "cpu", "mps", "cuda"] = "auto"
+    """`auto` is CUDA, MPS or the processor; a launched process keeps the device it was given."""
     tuning: Annotated[Lora | Full, Field(discriminator="type")] = Lora()
     gradient_checkpointing: bool = False
 

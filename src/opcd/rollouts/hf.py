@@ -26,7 +26,7 @@ from opcd.adapters import (
     share_frozen,
     writes_to,
 )
-from opcd.attention import why_no_prefix
+from opcd.attention import keeping_in, why_no_prefix
 from opcd.batching import padded_width
 from opcd.models import output_head
 from opcd.openings import Ids, find_openings, in_passes
@@ -260,8 +260,7 @@ class CachedRows:
             input_ids=ids_BS,
             attention_mask=mask_BS,
             position_ids=positions_BS,
-            past_key_values=cache,
-            use_cache=True,
+            **keeping_in(cache, decoder),
         ).last_hidden_state[:, -1]
 
 
