@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from opcd import experience_cli, lab_cli
-from opcd.errors import ConfigError, OpcdError
+from opcd.errors import ConfigError, LaunchError, OpcdError
 
 if TYPE_CHECKING:
     from opcd.evaluation import Evaluation
@@ -58,7 +58,9 @@ def main() -> None:
         of_process = f" in process {os.environ['RANK']}" if "RANK" in os.environ else ""
         Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]{of_process}", end=": ")
         Console(stderr=True).print(str(error), markup=False, highlight=False, soft_wrap=True)
-        sys.exit(error.exit_code)
+        # What is left of broken connections would abort the process on its way out.
+        leave = os._exit if isinstance(error, LaunchError) else sys.exit
+        leave(error.exit_code)
 
 
 @app.command()
