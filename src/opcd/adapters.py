@@ -205,6 +205,17 @@ def _disabled(model: Any) -> Iterator[None]:
             layer._disable_adapters = was
 
 
+@contextmanager
+def at_rest(model: nn.Module) -> Iterator[None]:
+    """Within it, a model answers as it does when nothing is trained: without dropout."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def causal_model(model: Any) -> Any:
     """The transformers model inside a PEFT wrapper."""
     return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -253,10 +253,11 @@ def share_openings(teacher: LocalTeacher, items: Mapping[str, Sequence[Item]]) -
         else f"{count} shared contexts of {tokens} tokens are"
     )
     probe = next(ids for ids in prompts if openings.of(ids) == lengths[-1])
+    in_shards = bool(read_fsdp() or read_zero())
+    if teacher.moves and in_shards:
+        return [f"{what} read with every prompt: the teacher's weights move, in shards"]
     if reason := teacher.share(openings, probe):
         return [f"{what} read with every prompt: {reason}"]
-    if teacher.moves and (read_fsdp() or read_zero()):
-        return [f"{what} read with every prompt: the teacher's weights move, in shards"]
     again = ", and again when the teacher has moved" if teacher.moves else ""
     notes = [f"{what} read once" + (" each" if count > 1 else "") + again]
     if openings.without:
@@ -269,7 +270,7 @@ def share_openings(teacher: LocalTeacher, items: Mapping[str, Sequence[Item]]) -
         # Weights in shards are whole for one pass at a time, and an opening is a pass of its own.
         left = (
             "what does not fit is read with every prompt, since weights are in shards"
-            if read_fsdp() or read_zero()
+            if in_shards
             else "those used least recently are read again"
         )
         notes.append(

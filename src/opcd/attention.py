@@ -16,15 +16,13 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 
-from opcd.adapters import causal_model, in_shards
+from opcd.adapters import at_rest, causal_model, in_shards
 from opcd.ragged import Layout, attend, lay_out
 
 ROPE_BY_LENGTH = ("dynamic", "longrope")
 """Rotary positions whose angles depend on the longest row that is read: the angles of a prefix
 would be those of its own length, and those of a row another's."""
-DIFFERENCE = {torch.float32: 1e-3, torch.float64: 1e-3}
-"""How far hidden states of the same tokens may lie apart, relative to their size; 0.1 in dtypes
-that round more."""
+PRECISE = (torch.float32, torch.float64)
 
 
 def why_no_prefix(model: Any) -> str | None:
@@ -57,15 +55,12 @@ def _why_other_attention(model: Any) -> str | None:
     if model not in _OTHER_ATTENTION:
         if in_shards(model) or next(model.parameters()).is_meta:
             return None
-        was_training = model.training
-        model.eval()
         try:
-            is_same = _attends_alike(model)
+            with at_rest(model):
+                is_same = _attends_alike(model)
         # It hands on less than its decoder is told, or heads of other shapes.
         except (TypeError, RuntimeError, AttributeError, LookupError, ValueError):
             is_same = False
-        finally:
-            model.train(was_training)
         reason = f"{type(model).__name__} adds something of its own to attention"
         _OTHER_ATTENTION[model] = None if is_same else reason
     return _OTHER_ATTENTION[model]
@@ -87,7 +82,7 @@ def _attends_alike(model: Any) -> bool:
         sides = (layer.keys, key), (layer.values, value)
         if key.shape != value.shape or not all(torch.equal(*side) for side in sides):
             return False
-    limit = DIFFERENCE.get(compute_dtype(model), 0.1)
+    limit = rounding_of(model)
     for row, ids in enumerate(rows):
         ids_1S = torch.tensor([ids], device=model.device)
         wanted_SD = decoder(input_ids=ids_1S, use_cache=False).last_hidden_state[0]
@@ -114,6 +109,11 @@ def compute_dtype(model: Any) -> torch.dtype:
     if torch.is_autocast_enabled(weight.device.type):
         return torch.get_autocast_dtype(weight.device.type)
     return weight.dtype
+
+
+def rounding_of(model: Any) -> float:
+    """How far hidden states of the same tokens may lie apart, relative to their size."""
+    return 1e-3 if compute_dtype(model) in PRECISE else 0.1
 
 
 @contextmanager

@@ -59,27 +59,28 @@ def check_run(path: Path, overrides: Sequence[str] = ()) -> tuple[Run, list[str]
     check_select_by(run, grader, splits.get("validation", []))
     told = run.experience is not None and run.experience.feedback != "none"
     graded = ("validation", "test", *(["extraction"] if told else []))
+    longest = 0
     for split, tasks in splits.items():
         for task in tasks:
-            load_context(run.context, task)
+            context = load_context(run.context, task)
+            if split == "train":
+                longest = max(longest, _characters(task) + _shown(context))
             if grader and split in graded:
                 grader(task, "")
     counts = "tasks: " + ", ".join(f"{len(t)} {s}" for s, t in splits.items())
-    return run, [*facts, *notes, *room_warnings(run, splits.get("train", [])), counts]
+    return run, [*facts, *notes, *room_warnings(run, longest), counts]
 
 
-def room_warnings(run: Run, tasks: Sequence[Task]) -> list[str]:
-    """Whether the longest prompt, its context and a response fit into the model, roughly."""
+def room_warnings(run: Run, characters: int) -> list[str]:
+    """Whether the longest prompt with its context, and a response, fit into the model, roughly."""
     try:
         positions = shape_of(run.model.path).positions
     except ConfigError:
         return []
     response = max(run.rollout.max_new_tokens, run.anchor.max_new_tokens)
-    if isinstance(run.context, Coach) or not (positions and tasks):
-        return []
-    longest = max(_characters(task) + _shown(load_context(run.context, task)) for task in tasks)
-    prompt = longest // CHARACTERS_A_TOKEN
-    if prompt + response <= positions:
+    prompt = characters // CHARACTERS_A_TOKEN
+    # What a coach will write is not known yet.
+    if isinstance(run.context, Coach) or not positions or prompt + response <= positions:
         return []
     return [
         f"warning: a prompt with its context of about {prompt} tokens (at {CHARACTERS_A_TOKEN} "

@@ -16,13 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import DynamicCache
 
 from opcd.adapters import causal_model, in_shards
-from opcd.attention import (
-    DIFFERENCE,
-    attend_by,
-    compute_dtype,
-    keeping_in,
-    why_no_prefix,
-)
+from opcd.attention import attend_by, keeping_in, rounding_of, why_no_prefix
 from opcd.batching import WIDTH_STEP, Batch, Side
 from opcd.chunking import Head, TeacherScore, stats_against
 from opcd.config.training import Loss
@@ -48,8 +42,6 @@ HEAD_ROWS = 64
 """Rows that a head's products are packed for; it is as fast for others."""
 PLAIN_ATTENTION_TOKENS = 512
 """Up to this length a CPU trains with plain attention, whose scores grow with its square."""
-
-
 DROPOUTS = ("attention_dropout", "attn_pdrop")
 """What families call the share of attention that they drop in training."""
 
@@ -251,7 +243,7 @@ def check_rows(model: Any) -> None:
     behind_SD = decoder(input_ids=padded_1S, use_cache=False, **told).last_hidden_state[0, 2:]
     for place, found_SD in (("before other tokens", before_SD), ("behind padding", behind_SD)):
         apart = (found_SD - alone_SD).norm() / alone_SD.norm()
-        if not apart <= 2 * DIFFERENCE.get(compute_dtype(model), 0.1):
+        if not apart <= 2 * rounding_of(model):
             raise ModelError(
                 f"{type(causal_model(model)).__name__} does not read a row {place} as it reads it "
                 f"alone ({apart:.0%} apart), so batches would change its answers; use another model"

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from opcd.attention import why_no_prefix
 from opcd.openings import Ids
 from opcd.prefix_cache import SharedPrefix, token_bytes
 
@@ -35,7 +36,9 @@ class PrefixStore:
 
     @property
     def most_tokens(self) -> int:
-        """How many tokens fit in."""
+        """How many tokens fit in; of a model that reads every prompt in full, none."""
+        if why_no_prefix(self._model):
+            return 0
         return self.most_bytes // token_bytes(self._model)
 
     @property

@@ -55,6 +55,15 @@ MOST_APART_NATS = 0.2
 """Rounding moves one model's scores by less, a token on average; another's are further away."""
 
 
+@dataclass
+class Known:
+    """A text by whose scores a model is known again."""
+
+    ids: list[int]
+    nats: list[float]
+    """Log-probabilities of all tokens but the first, when the run began."""
+
+
 @dataclass(frozen=True)
 class RemoteTeacher:
     """A teacher that stands still, far away."""
@@ -72,9 +81,8 @@ class RemoteTeacher:
     """Whether other processes make the same passes. A failure then waits for `check_told`, and the
     passes until there are made with figures that mean nothing."""
     failures: list[str] = field(default_factory=list)
-    known: dict[str, list[Any]] = field(default_factory=dict)
-    """`ids` of a text that is scored again in every step, to see that it is the same model still,
-    and the `nats` of all but the first when the run began: their log-probabilities."""
+    known: Known | None = None
+    """Scored again in every step, to see that it is the same model still."""
 
     def score(self, batch: Batch) -> TeacherScore:
         """What the loss gets to know of the teacher at the response tokens."""
@@ -104,21 +112,26 @@ class RemoteTeacher:
             first = self.failures[0]
             self.failures.clear()
             raise ServerError(first)
-        for server, apart_nats in self.apart_nats() if self.known else ():
-            if not apart_nats <= MOST_APART_NATS:
-                raise ServerError(
-                    f"{server.url} scores a text {apart_nats:.2f} nats a token otherwise than the "
-                    f"teacher that this run began with, so another model is called {self.model!r} "
-                    "there; serve the first one again, then continue with --resume"
-                )
+        if strangers := self.strangers():
+            server, apart_nats = strangers[0]
+            raise ServerError(
+                f"{server.url} scores a text {apart_nats:.2f} nats a token otherwise than the "
+                f"teacher that this run began with, so another model is called {self.model!r} "
+                "there; serve the first one again, then continue with --resume"
+            )
 
-    def apart_nats(self) -> list[tuple[Server, float]]:
-        """How far each server's scores of the known text are from those known, on average."""
-        row = Row(self.known["ids"], len(self.known["nats"]))
+    def strangers(self) -> list[tuple[Server, float]]:
+        """The servers whose scores of the known text are too far from those known, in nats."""
+        if self.known is None:
+            return []
+        row, then = Row(self.known.ids, len(self.known.nats)), self.known.nats
         scored = self._spread([row] * len(self.servers), self.score_row)
-        pairs = [zip(one.sampled, self.known["nats"], strict=True) for one in scored]
-        means = [statistics.fmean(abs(now - then) for now, then in pair) for pair in pairs]
-        return list(zip(self.servers, means, strict=True))
+        means = [
+            statistics.fmean(abs(a - b) for a, b in zip(now.sampled, then, strict=True))
+            for now in scored
+        ]
+        found = zip(self.servers, means, strict=True)
+        return [(server, apart) for server, apart in found if not apart <= MOST_APART_NATS]
 
     def score_row(self, server: Server, row: Row) -> Scored:
         """A response's tokens, in the way that this server does it.
@@ -150,7 +163,10 @@ class RemoteTeacher:
 
     def state(self) -> dict[str, Tensor]:
         """By what the teacher is known again."""
-        return {f"known_{name}": torch.tensor(row).double() for name, row in self.known.items()}
+        if self.known is None:
+            return {}
+        ids, nats = (torch.tensor(row).double() for row in (self.known.ids, self.known.nats))
+        return {"known_ids": ids, "known_nats": nats}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Continue with the teacher that the run began with.
@@ -158,9 +174,9 @@ class RemoteTeacher:
         Raises:
             ServerError: another model is served under its name.
         """
-        if state:
-            self.known["ids"] = state["known_ids"].long().tolist()
-            self.known["nats"] = state["known_nats"].tolist()
+        if state and self.known:
+            self.known.ids = state["known_ids"].long().tolist()
+            self.known.nats = state["known_nats"].tolist()
             self.check_told()
 
     def ask_list(self, server: Server, row: Row, k: int) -> Scored:
@@ -292,14 +308,14 @@ def know_again(teacher: RemoteTeacher, ids: Sequence[int]) -> RemoteTeacher:
             f"{first.url} does not score a text of {len(ids)} tokens: {words_of(refusal)}; see "
             "how it was started"
         ) from None
-    found = replace(teacher, known={"ids": list(ids), "nats": nats})
-    for server, apart_nats in found.apart_nats() if len(teacher.servers) > 1 else ():
-        if not apart_nats <= MOST_APART_NATS:
-            raise ConfigError(
-                f"{first.url} and {server.url} score one text {apart_nats:.2f} nats a token "
-                f"apart, so they serve different models under the name {teacher.model!r}; give "
-                "servers of one model as teacher.servers"
-            )
+    found = replace(teacher, known=Known(list(ids), nats))
+    if len(teacher.servers) > 1 and (strangers := found.strangers()):
+        server, apart_nats = strangers[0]
+        raise ConfigError(
+            f"{first.url} and {server.url} score one text {apart_nats:.2f} nats a token apart, so "
+            f"they serve different models under the name {teacher.model!r}; give servers of one "
+            "model as teacher.servers"
+        )
     return found
 
 

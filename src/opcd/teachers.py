@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from opcd.adapters import adapter_off, trainable, writes_to
+from opcd.adapters import adapter_off, at_rest, trainable, writes_to
 from opcd.attention import compute_dtype, why_no_prefix
 from opcd.batching import Batch, Side
 from opcd.chunking import Head, Hidden, TeacherScore
@@ -169,8 +169,7 @@ class LocalTeacher:
         most_whole = max(1, WHOLE_TOKENS // side.ids_BS.shape[1])
         parts, places = [], []
         with self._ready():
-            most_tokens = self.prefixes.most_tokens if any(cuts) else 0
-            most = (len(prompts), most_tokens, most_whole)
+            most = (len(prompts), self.prefixes.most_tokens, most_whole)
             for part in in_passes([openings[row] for row in order], *most):
                 rows = [order[place] for place in part]
                 own, place_T = side.part(rows, [cuts[row] for row in rows])
@@ -211,9 +210,8 @@ class LocalTeacher:
         Passes over them are from then on one for each batch, as in all processes. So what fits of
         the run's openings is read now, and nothing afterwards: a teacher that moves reads in full.
         """
-        known = [] if self.whole or self.moves else self.openings.known
-        room = self.prefixes.most_tokens if known else 0
-        for ids in known:
+        room = self.prefixes.most_tokens
+        for ids in () if self.whole or self.moves else self.openings.known:
             room -= len(ids)
             if room >= 0:
                 self.prefixes.get(ids)
@@ -294,13 +292,11 @@ class LocalTeacher:
         if self._is_ready:
             yield
             return
-        was_training, self._is_ready = self.model.training, True
-        self.model.eval()
+        self._is_ready = True
         try:
-            with self.as_teacher(), self.autocast():
+            with at_rest(self.model), self.as_teacher(), self.autocast():
                 yield
         finally:
-            self.model.train(was_training)
             self._is_ready = False
 
 

@@ -20,6 +20,7 @@ from transformers.initialization import no_init_weights
 
 from opcd.adapters import (
     adapter_off,
+    at_rest,
     causal_model,
     in_shards,
     merged_weights,
@@ -175,8 +176,8 @@ class HFEngine:
         openings = [ids[:cut] for ids, cut in zip(full, cuts, strict=True)]
         order = sorted(range(len(full)), key=lambda i: (openings[i], len(full[i]) - cuts[i]))
         ordered, uses = [openings[index] for index in order], Counter(openings)
-        most_rows, most_tokens = self._batch_rows, store.most_tokens if any(cuts) else 0
-        for part in in_passes(ordered, most_rows, most_tokens, most_rows):
+        most_rows = self._batch_rows
+        for part in in_passes(ordered, most_rows, store.most_tokens, most_rows):
             read = {
                 ids: store.get(ids, keep=uses[ids] > 1)
                 for ids in dict.fromkeys(ordered[place] for place in part)
@@ -192,13 +193,9 @@ class HFEngine:
 
     @contextmanager
     def _answering(self) -> Iterator[None]:
-        was_training = self._model.training
-        self._model.eval()
-        try:
-            with adapter_off(self._model) if self._policy == "base" else nullcontext():
-                yield
-        finally:
-            self._model.train(was_training)
+        off = adapter_off(self._model) if self._policy == "base" else nullcontext()
+        with at_rest(self._model), off:
+            yield
 
 
 def cut_prompts(prompts: Sequence[Prompt]) -> list[int]:
